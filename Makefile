@@ -1,0 +1,34 @@
+# make demo    the main job, from nothing: an environment, five networks on digits, the leaderboard
+# make test    the tests          make check   lint, types, contract
+# make bench   the benchmarks     make clean   takes away what these made, the environment too
+PYTHON ?= python3
+BIN := .venv/bin
+# Two threads are enough for networks of this size, and the same number everywhere gives the same bits.
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test check bench clean
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fatbench needs Python 3.11 or newer: make PYTHON=python3.11"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade "pip>=24"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: .venv/ready
+	$(BIN)/fatbench demo --out demo
+
+test: .venv/ready
+	$(BIN)/pytest -q
+
+check: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	MYPYPATH=. $(BIN)/mypy fatbench defenses evaluations
+	$(BIN)/fatbench check
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,54 @@
+"""PGD-N: projected gradient ascent, last iterate (Madry et al., ICLR 2018), as its users report it."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fatbench.attacks import STARTS, Crafted, Objective, cross_entropy, pgd
+from fatbench.evaluation import Attacked, Chunk, Evaluation
+from fatbench.quantities import StepSize, step_of
+
+
+@dataclass(frozen=True)
+class Pgd(Evaluation):
+    """PGD-N on cross-entropy, constant step, last iterate."""
+
+    name: ClassVar[str] = "pgd"
+
+    steps: Annotated[int, Field(ge=1)] = 20
+    step_size: StepSize = "eps/4"
+    start: Literal["uniform", "gaussian", "natural"] = "uniform"
+    clamp_start: bool = True
+    restarts: Annotated[int, Field(ge=1)] = 1
+
+    def objective(self) -> Objective:
+        return cross_entropy
+
+    def attack(self, model: nn.Module, chunk: Chunk, eps: float) -> Attacked:
+        runs = [self._run(model, chunk, eps, restart) for restart in range(self.restarts)]
+        x_adv = runs[0].x_adv
+        for run in runs[1:]:  # of several restarts, the first that misleads counts
+            x_adv = torch.where(self._right(model, x_adv, chunk.y), run.x_adv, x_adv)
+        checks = (self.restarts - 1) * len(chunk.x)
+        return Attacked(x_adv, sum(r.forwards for r in runs) + checks, sum(r.backwards for r in runs))
+
+    def _run(self, model: nn.Module, chunk: Chunk, eps: float, restart: int) -> Crafted:
+        # The path is one, however long: a longer run goes on from where a shorter one stopped, with identical numbers.
+        path = (self.objective(), step_of(self.step_size, eps), self.start, self.clamp_start, restart)
+        past, point = chunk.scratch.get(path, (0, None))
+        begin = partial(STARTS[self.start], draws=chunk.draws(restart), clamp=self.clamp_start)
+        left, known = (self.steps - past, point) if past <= self.steps else (self.steps, None)
+        start = begin if known is None else lambda x, eps: known
+        run = pgd(model, chunk.x, chunk.y, eps=eps, step_size=path[1], steps=left, objective=path[0], start=start)
+        chunk.scratch[path] = (self.steps, run.x_adv)
+        return run
+
+    @staticmethod
+    @torch.no_grad()
+    def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        right: Tensor = model(x).argmax(dim=1) == y
+        return right[:, None, None, None]

@@ -1,0 +1,77 @@
+"""What is known of datasets and networks before anything is loaded: names, shapes, the papers' defaults. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset's name and defaults.
+
+    Attributes:
+        shape: (C, H, W); None for a user's own.
+        eps: The l-inf budget that the papers train and test with, as published; None: it must be given.
+        augment: none, crop or crop-flip.
+        torchvision: The class of torchvision.datasets that brings it.
+        files: What to lay ready where there is no network.
+    """
+
+    name: str
+    summary: str
+    shape: tuple[int, int, int] | None = None
+    classes: int = 0
+    eps: str | None = None
+    arch: str = "digits-cnn"
+    augment: str = "none"
+    torchvision: str = ""
+    files: str = ""
+
+
+_IDX = "{train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte (also .gz) under "
+
+DATASETS: dict[str, Dataset] = {
+    d.name: d
+    for d in (
+        Dataset("digits", "scikit-learn's 8x8 digits, 1,437 + 360, needs no download", (1, 8, 8), 10, "0.3"),
+        Dataset(
+            "cifar10", "CIFAR-10, 50,000 + 10,000", (3, 32, 32), 10, "8/255", "resnet-18", "crop-flip", "CIFAR10",
+            "cifar-10-python.tar.gz",
+        ),
+        Dataset(
+            "cifar100", "CIFAR-100, 50,000 + 10,000", (3, 32, 32), 100, "8/255", "resnet-18", "crop-flip", "CIFAR100",
+            "cifar-100-python.tar.gz",
+        ),
+        # FAT's code flips SVHN too (FAT.py:107-121); a mirrored digit is another sign, so it is left to `--set`.
+        Dataset(
+            "svhn", "SVHN, 73,257 + 26,032", (3, 32, 32), 10, "4/255", "resnet-18", "crop", "SVHN",
+            "train_32x32.mat and test_32x32.mat",
+        ),
+        Dataset(
+            "mnist", "MNIST, 60,000 + 10,000", (1, 28, 28), 10, "0.3", "small-cnn", "none", "MNIST",
+            _IDX + "MNIST/raw",
+        ),
+        Dataset(
+            "fashion-mnist", "Fashion-MNIST, 60,000 + 10,000", (1, 28, 28), 10, "0.1", "small-cnn", "none",
+            "FashionMNIST", _IDX + "FashionMNIST/raw",
+        ),
+    )
+}  # fmt: skip
+
+
+def own_dataset(path: Path) -> Dataset:
+    """A user's own data, named by its file or folder."""
+    return Dataset(path.stem, f"{path.name}, yours")
+
+
+# name -> one line; fatbench/models.py builds them.
+NETWORKS: dict[str, str] = {
+    "digits-cnn": "four convolutions of width 16, any image size, 7.9 k parameters on digits",
+    "small-cnn": "FAT's Small CNN, 1.6 M parameters",
+    "resnet-18": "ResNet-18 for 32x32 images, 11.2 M parameters",
+    "wrn-32-10": "FAT's Wide_ResNet_Madry, 46.2 M parameters, the network of wrn-34-10",
+    "wrn-34-10": "TRADES's WRN-34-10, 48.3 M parameters, 2.1 M of them unused",
+    "wrn-40-4": "WRN-40-4, 9.4 M parameters, 0.4 M of them unused",
+    "wrn-58-10": "WRN-58-10, 88.8 M parameters, 3.9 M of them unused",
+}

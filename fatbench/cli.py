@@ -1,0 +1,354 @@
+"""The command line: parse, call, print. Heavy imports wait until a command needs them.
+
+Exit codes: 0 done, 1 a run failed, 2 refused (one line: what, why, what to do), 130 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from fatbench import __version__
+from fatbench.errors import Refused, RunFailed, first_line
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+app = typer.Typer(
+    name="fatbench",
+    help="Train adversarial-training defenses by one loop, examine networks under one protocol, publish the table.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Kind(StrEnum):
+    """What `list` and `show` know."""
+
+    defenses = "defenses"
+    evaluations = "evaluations"
+    models = "models"
+    datasets = "datasets"
+    protocols = "protocols"
+    recipes = "recipes"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fatbench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+# Options that several commands share.
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:1.")]
+Devices = Annotated[int, typer.Option(help="Processes; only 1 for now.")]
+Eps = Annotated[str | None, typer.Option(help="l-inf budget in pixel units, 8/255 or 0.031.")]
+DatasetName = Annotated[str | None, typer.Option("--dataset", help="A name (list datasets), path.npz, or a folder.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write into.")]
+
+
+@app.command()
+def train(
+    defense: Annotated[str | None, typer.Argument(help="A registered defense (list defenses).")] = None,
+    dataset: DatasetName = None,
+    arch: Annotated[str | None, typer.Option(help="The network (list models).")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training examples.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
+    lr: Annotated[str | None, typer.Option(help="Learning rate of SGD at the start.")] = None,
+    eps: Eps = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order, crops and noise.")] = None,
+    n_train: Annotated[int | None, typer.Option(help="So many class-balanced training examples.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting or a field; repeatable.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Settings from a recipe (list recipes) or a .toml.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/DEFENSE-DATASET-seedN unless given.")] = None,
+    device: Device = "auto",
+    precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed or 64-true.")] = None,
+    devices: Devices = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Throw away the run in --out.")] = False,
+) -> None:
+    """Train a defense into a run folder: settings, metrics, last and best checkpoint."""
+    from fatbench.recipe import resolve
+
+    _one_process(devices)
+    options = {"dataset": dataset, "arch": arch, "epochs": epochs, "batch_size": batch_size, "lr": lr, "eps": eps}
+    options |= {"seed": seed, "n_train": n_train, "precision": precision}
+    settings = resolve(defense, recipe=recipe, sets=sets or (), **options)
+    folder = out or Path("runs") / f"{settings.defense}-{Path(settings.dataset).stem}-seed{settings.seed}"
+
+    from fatbench import trainer
+
+    trainer.train(settings, folder, device=device, resume=resume, force=force)
+    typer.echo(f"done: {folder}; next: fatbench evaluate {folder}")
+
+
+@app.command()
+def evaluate(
+    ckpt: Annotated[str, typer.Argument(metavar="CKPT", help="A run folder or a checkpoint file.")],
+    dataset: DatasetName = None,
+    protocol: Annotated[str | None, typer.Option(help="A protocol (list protocols) or a .toml.")] = None,
+    attacks: Annotated[str | None, typer.Option(help="fgsm,pgd-20,cw-inf,autoattack under the house protocol.")] = None,
+    eps: Eps = None,
+    n: Annotated[int | None, typer.Option("--n", help="The first N test examples.")] = None,
+    balanced: Annotated[bool, typer.Option("--balanced", help="N class-balanced test examples instead.")] = False,
+    seed: Annotated[int, typer.Option(help="Of random starts.")] = 0,
+    arch: Annotated[str | None, typer.Option(help="The network of foreign weights.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="FILE.PY:FACTORY", help="Your own network; the file is run.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Normalisation of foreign weights, one number a channel, 0.49,0.48,0.45.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="As --mean.")] = None,
+    device: Device = "auto",
+    devices: Devices = 1,
+    out: Out = Path("records"),
+) -> None:
+    """Examine a network under a protocol; writes a record with per-example evidence."""
+    from fatbench import protocol as protocols
+
+    _one_process(devices)
+    if protocol and attacks:
+        raise Refused("--protocol and --attacks: give one; a protocol says its attacks itself")
+    said = protocols.load(protocol or protocols.DEFAULT)
+    said = said.only(attacks.split(",")) if attacks else said
+
+    from fatbench import checkpoint, data, trainer
+    from fatbench.evaluate import Examination
+    from fatbench.evaluate import evaluate as examine
+
+    normalisation = _numbers(mean, "--mean"), _numbers(std, "--std")
+    if (normalisation[0] is None) != (normalisation[1] is None):
+        raise Refused("--mean and --std go together")
+    fabric = trainer.fabric_on(device)
+    loaded = data.load(dataset) if dataset else None
+    size = loaded.shape[1] if loaded else 32
+    subject = checkpoint.load(
+        Path(ckpt), arch=arch, factory=model, mean=normalisation[0], std=normalisation[1], size=size
+    )
+    trained = subject.meta.get("settings") or {}
+    budget = eps or said.eps or trained.get("eps")
+    if loaded is None and not trained:
+        raise Refused(f"{ckpt} does not say what it was trained on: give --dataset")
+    if budget is None:
+        raise Refused(f"{ckpt} does not say its budget: give --eps, such as --eps 8/255")
+    loaded = loaded or data.load(trained["dataset"])
+    task = Examination(subject, loaded, said, _published(budget), n, balanced, seed)
+    record = examine(task, out, device=fabric.device)
+    _show_record(record)
+    typer.echo(f"record: {out / record.id}.json; next: fatbench leaderboard {out}")
+
+
+@app.command()
+def leaderboard(
+    records: Annotated[Path, typer.Argument(help="A folder of records.")] = Path("records"),
+    out: Out = Path("board"),
+) -> None:
+    """Derive the tables from records: one for each dataset, norm, eps class and protocol."""
+    from fatbench import leaderboard as boards
+
+    for key, table in boards.publish(boards.gather(records), out).items():
+        _print_table(key, table)
+    typer.echo(f"written: {out / 'index.md'}")
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    names: Annotated[bool, typer.Option("--names", help="Bare names, for scripts.")] = False,
+) -> None:
+    """List what is registered, a line each; a plugin that cannot be used is named with its reason."""
+    known = _catalogue(kind)
+    width = max((len(name) for name in known), default=0)
+    for name, tell in known.items():
+        try:
+            typer.echo(name if names else f"{name:<{width}}  {tell()}".rstrip())
+        except Refused as refusal:
+            typer.echo(f"{name:<{width}}  UNUSABLE: {refusal}")
+
+
+def _catalogue(kind: Kind) -> dict[str, Callable[[], str]]:
+    """name -> its one line, told when asked for; imports no torch."""
+    from fatbench import protocol, recipe
+    from fatbench.catalogue import DATASETS, NETWORKS
+    from fatbench.registry import defenses, evaluations
+
+    if kind in (Kind.defenses, Kind.evaluations):
+        registry = defenses if kind is Kind.defenses else evaluations
+        return {name: partial(registry.summary, name) for name in registry}
+    if kind is Kind.protocols:
+        return {name: partial(_said, lambda name: protocol.load(name).summary, name) for name in protocol.shelf()}
+    if kind is Kind.recipes:
+        return {name: partial(_said, lambda name: recipe.read(name).get("source", ""), name) for name in recipe.shelf()}
+    known = NETWORKS if kind is Kind.models else {name: info.summary for name, info in DATASETS.items()}
+    return {name: partial(str, text) for name, text in known.items()}
+
+
+def _said(tell: Callable[[str], object], name: str) -> str:
+    return str(tell(name))
+
+
+@app.command()
+def show(
+    kind: Annotated[
+        str, typer.Argument(help="defense, evaluation, model, dataset, protocol, recipe, record or checkpoint.")
+    ],
+    name: Annotated[str, typer.Argument(help="Its name, or a file.")],
+) -> None:
+    """Show one thing whole: a defense's fields, a protocol's settings, a record, a checkpoint's metadata."""
+    from fatbench.show import show as tell
+
+    typer.echo(tell(kind, name))
+
+
+@app.command()
+def check(
+    names: Annotated[list[str] | None, typer.Argument(help="Defenses or evaluations; all unless given.")] = None,
+) -> None:
+    """Run the contract over registered defenses and evaluations, plugins included."""
+    from fatbench.contract import check as rules
+    from fatbench.errors import unknown
+    from fatbench.registry import defenses, evaluations
+
+    asked = names or [*defenses, *evaluations]
+    broken = 0
+    for name in asked:
+        if name not in defenses and name not in evaluations:
+            raise unknown("defense or evaluation", name, [*defenses, *evaluations])
+        kind = "defense" if name in defenses else "evaluation"
+        try:
+            wrong = {rule: reason for rule, reason in rules(kind, name) if reason}
+        except Refused as refusal:
+            wrong = {"loads": str(refusal)}
+        broken += bool(wrong)
+        typer.echo(
+            f"{'broken' if wrong else 'ok':<7} {kind} {name}" + "".join(f"\n        {r}: {w}" for r, w in wrong.items())
+        )
+    if broken:
+        raise RunFailed(f"{broken} of {len(asked)} break the contract")
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    eps: Annotated[str, typer.Option(help="l-inf budget.")] = "0.3",
+    epochs: Annotated[int | None, typer.Option(help="Of each run; a short budget unless given.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds, from 0.")] = 1,
+    device: Device = "auto",
+) -> None:
+    """Train standard, madry, trades, fat and fat-trades on digits, examine them, print the leaderboard."""
+    from fatbench import demo as main_job
+    from fatbench import leaderboard as boards
+
+    budget = main_job.EPOCHS if epochs is None else epochs
+    main_job.demo(out, eps=_published(eps), epochs=budget, seeds=seeds, device=device)
+    for key, table in boards.tables(boards.gather(out / "records")).items():
+        _print_table(key, table)
+    typer.echo(f"written: {out / 'index.md'}")
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+
+def _published(eps: str) -> str:
+    from fatbench.quantities import published
+
+    try:
+        return published(eps)
+    except ValueError as error:
+        raise Refused(f"--eps {eps}: {error}") from None
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    from fatbench.quantities import number
+
+    try:
+        return None if text is None else tuple(number(part.strip()) for part in text.split(","))
+    except ValueError as error:
+        raise Refused(f"{option} {text}: {error}") from None
+
+
+def _one_process(devices: int) -> None:
+    if devices != 1:
+        raise Refused(f"--devices {devices}: this version runs on one device")
+
+
+def _print_table(key: tuple[str, ...], table: pd.DataFrame) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from fatbench import leaderboard as boards
+    from fatbench.console import stdout
+
+    shown = boards.cells(table, intervals=False)
+    printed = Table(title=escape(boards.heading(key)), title_justify="left")
+    for column in shown.columns:
+        printed.add_column(escape(column), justify="left" if column in ("defense", "network") else "right")
+    for row in shown.itertuples(index=False):
+        printed.add_row(*(escape(str(cell)) for cell in row))
+    stdout.print(printed)
+    for note in boards.notes(table):
+        stdout.print(escape(note), soft_wrap=True)
+
+
+def _show_record(record: Any) -> None:
+    from fatbench.stats import wilson
+
+    result = record.result
+    typer.echo(
+        f"{result.network.defense or result.network.arch} on {result.data.n} of {result.data.name}, eps {result.eps}"
+    )
+    if not result.correct:
+        typer.echo(f"  {result.network.status}: no number")
+    for attack, right in result.correct.items():
+        low, high = wilson(right, result.data.n)
+        typer.echo(f"  {attack:<12} {100 * right / result.data.n:6.2f} %  [{100 * low:.2f}, {100 * high:.2f}]")
+    for warning in result.warnings:
+        typer.echo(f"  warning: {warning}")
+
+
+def _stop(code: int, text: str) -> NoReturn:
+    typer.echo(f"fatbench: {' '.join(text.split())}", err=True)
+    sys.exit(code)
+
+
+def main() -> None:
+    """The console script."""
+    usage = typer.BadParameter.__mro__[2]  # ClickException, which typer vendors and does not export
+    try:
+        code = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _stop(130, "interrupted; the same command with --resume (train), or as it was (evaluate), goes on")
+    except Refused as refusal:
+        _stop(2, str(refusal))
+    except RunFailed as failure:
+        _stop(1, str(failure))
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except Exception as error:
+        if isinstance(error, usage):
+            _stop(2, f"{error.format_message()} (fatbench COMMAND --help)")  # type: ignore[attr-defined]
+        if os.environ.get("FATBENCH_TRACEBACK"):
+            raise
+        _stop(1, f"this is a bug: {type(error).__name__}: {first_line(error)}; set FATBENCH_TRACEBACK=1 to see where")
+    sys.exit(code if isinstance(code, int) else 0)

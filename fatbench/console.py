@@ -1,0 +1,59 @@
+"""What a person sees while waiting: a bar with the time left on a terminal, plain lines where there is none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+class Waiting(Protocol):
+    """A task under way."""
+
+    def advance(self, note: str = "") -> None:
+        """One unit done; `note` is what can be said of it."""
+
+
+@contextmanager
+def waiting(title: str, total: int, *, done: int = 0, every: float = 10.0) -> Iterator[Waiting]:
+    """Shows `total` units of work. Without a terminal: lines, one in `every` seconds and the last."""
+    if not stderr.is_terminal:
+        yield _Lines(title, total, done, every)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task(title, total=total, completed=done, note="")
+        yield _Bar(bar, task)
+
+
+class _Bar:
+    def __init__(self, bar: Progress, task: object) -> None:
+        self.bar, self.task = bar, task
+
+    def advance(self, note: str = "") -> None:
+        self.bar.update(self.task, advance=1, **({"note": note} if note else {}))  # type: ignore[arg-type]
+
+
+class _Lines:
+    def __init__(self, title: str, total: int, done: int, every: float) -> None:
+        self.title, self.total, self.done, self.every = title, total, done, every
+        self.first, self.began, self.said = done, time.monotonic(), -every
+
+    def advance(self, note: str = "") -> None:
+        self.done += 1
+        spent = time.monotonic() - self.began
+        if self.done < self.total and spent - self.said < self.every:
+            return
+        self.said = spent
+        left = spent / (self.done - self.first) * (self.total - self.done)
+        stderr.print(
+            f"{self.title} {self.done}/{self.total} {note} ({left:.0f} s left)".replace("  ", " "), soft_wrap=True
+        )

@@ -1,0 +1,276 @@
+"""Datasets as tensors: images (N, C, H, W) float32 in [0, 1], labels (N,) int64, with a fingerprint of every split.
+
+`digits` (scikit-learn's 1,797 8x8 digits) needs no download; torchvision brings cifar10, cifar100, svhn, mnist and
+fashion-mnist; anybody's own data comes as `path.npz` or as a folder of images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fatbench.catalogue import DATASETS, Dataset, own_dataset
+from fatbench.draws import hashed, shuffled
+from fatbench.errors import Refused, first_line, unknown
+
+Augment = Literal["none", "crop", "crop-flip"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset in memory.
+
+    Attributes:
+        info: Its name and defaults.
+        x_train, x_test: (N, C, H, W) float32 in [0, 1], contiguous.
+        y_train, y_test: (N,) int64 in 0..classes-1.
+    """
+
+    info: Dataset
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return tuple(self.x_test.shape[1:])  # type: ignore[return-value]
+
+    def fingerprint(self, split: Literal["train", "test"]) -> str:
+        """sha256 of a split's images and labels as they are used, independent of the file they came from."""
+        x, y = (self.x_train, self.y_train) if split == "train" else (self.x_test, self.y_test)
+        sha = hashlib.sha256(repr((tuple(x.shape), self.classes)).encode())
+        sha.update(x.numpy().data)
+        sha.update(y.numpy().data)
+        return sha.hexdigest()
+
+    def split(self, share: float) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the training set for training and for validation, class-balanced, one split for all seeds."""
+        order = balanced_order(self.y_train.numpy(), "validation")
+        held = round(share * len(order))
+        return np.sort(order[held:]), np.sort(order[:held])
+
+
+def balanced_order(y: np.ndarray, *key: object) -> np.ndarray:
+    """(N,) an order of the examples of which every beginning is class-balanced to within one example a class."""
+    order = shuffled(len(y), *key)
+    place = np.empty(len(y))
+    for label in np.unique(y):
+        mine = order[y[order] == label]
+        place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
+    return order[np.argsort(place[order], kind="stable")]
+
+
+def load(name: str, folder: Path | None = None) -> Data:
+    """A dataset by name, from `path.npz`, or from a folder holding train/ and test/ with a folder of images per class.
+
+    Args:
+        name: A name of DATASETS, or a path.
+        folder: Where downloads live; $FATBENCH_DATA, or ~/.cache/fatbench/data.
+
+    Raises:
+        Refused: unknown name, missing or broken file, labels out of range, images outside [0, 1] or not finite.
+    """
+    key = name.lower().replace("_", "-")
+    if key in DATASETS:
+        parts = _digits() if key == "digits" else _torchvision(DATASETS[key], folder or data_folder())
+        return _checked(DATASETS[key], *parts, classes=DATASETS[key].classes)
+    path = Path(name)
+    if path.suffix == ".npz":
+        return _checked(own_dataset(path), *_npz(path))
+    if path.is_dir():
+        return _checked(own_dataset(path), *_images(path))
+    if os.sep in name or path.suffix:
+        raise Refused(f"no dataset at {name}: a path must be an .npz file or a folder holding train/ and test/")
+    raise unknown("dataset", name, [*DATASETS, "path.npz", "a folder"])
+
+
+def data_folder() -> Path:
+    return Path(os.environ.get("FATBENCH_DATA") or Path.home() / ".cache" / "fatbench" / "data")
+
+
+# ------------------------------------------------------------------------------------------------ sources
+
+Arrays = tuple[Any, Any, Any, Any]  # x_train, y_train, x_test, y_test as they come
+
+
+def _digits() -> Arrays:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images, y = (bunch.images / 16.0).astype(np.float32), bunch.target
+    order = balanced_order(y, "digits")  # a fixed split: 360 to test, 1,437 to train on
+    test, train = np.sort(order[:360]), np.sort(order[360:])
+    return images[train], y[train], images[test], y[test]
+
+
+def _torchvision(info: Dataset, folder: Path) -> Arrays:
+    from torchvision import datasets
+
+    make: Callable[..., Any] = getattr(datasets, info.torchvision)
+    splits = (
+        ({"split": "train"}, {"split": "test"}) if info.torchvision == "SVHN" else ({"train": True}, {"train": False})
+    )
+    parts: list[Any] = []
+    for split in splits:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            made = make(str(folder), download=True, **split)
+        except (OSError, RuntimeError, ValueError) as error:  # no network is an OSError, a bad download a RuntimeError
+            raise Refused(
+                f"cannot get {info.name}: {first_line(error)}; without a network put {info.files} into {folder} "
+                "(or set FATBENCH_DATA to where it is)"
+            ) from None
+        parts += [np.asarray(made.data), np.asarray(made.labels if hasattr(made, "labels") else made.targets)]
+    return tuple(parts)
+
+
+def _npz(path: Path) -> Arrays:
+    names = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in names if name not in file.files]
+            if missing:
+                raise Refused(f"{path} lacks {', '.join(missing)}: it must hold {', '.join(names)}")
+            return tuple(file[name] for name in names)
+    except FileNotFoundError:
+        raise Refused(f"no dataset at {path}") from None
+    except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        raise Refused(f"{path} is not a readable .npz of plain arrays: {first_line(error)}") from None
+
+
+def _images(path: Path) -> Arrays:
+    from torchvision.datasets import ImageFolder
+
+    found: list[list[str]] = []
+    parts: list[Any] = []
+    for split in ("train", "test"):
+        try:
+            images = ImageFolder(str(path / split))
+            arrays = [np.asarray(image if image.mode == "L" else image.convert("RGB")) for image, _ in images]
+        except (OSError, ValueError, SyntaxError) as error:
+            raise Refused(f"{path / split} is not a folder of images per class: {first_line(error)}") from None
+        shapes = sorted({array.shape for array in arrays})
+        if len(shapes) != 1:
+            raise Refused(
+                f"{path / split} holds images of {len(shapes)} shapes, such as {shapes[0]} and {shapes[1]}: resize them"
+            )
+        found.append(images.classes)
+        parts += [np.stack(arrays), np.asarray(images.targets)]
+    if found[0] != found[1]:
+        raise Refused(f"{path}: train/ has the classes {found[0]}, test/ has {found[1]}: they must be the same")
+    return tuple(parts)
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def _checked(info: Dataset, x_train: Any, y_train: Any, x_test: Any, y_test: Any, classes: int = 0) -> Data:
+    train, test = _pixels(x_train, f"{info.name} x_train"), _pixels(x_test, f"{info.name} x_test")
+    if train.shape[1:] != test.shape[1:]:
+        raise Refused(f"{info.name}: training images are {tuple(train.shape[1:])}, test images {tuple(test.shape[1:])}")
+    top = max(int(np.asarray(y).max()) for y in (y_train, y_test) if np.asarray(y).size) if not classes else classes - 1
+    labels = [
+        _labels(y, len(x), top, f"{info.name} {split}")
+        for y, x, split in ((y_train, train, "y_train"), (y_test, test, "y_test"))
+    ]
+    present = torch.unique(labels[0]).tolist()
+    if not classes and present != list(range(top + 1)):
+        lacking = sorted(set(range(top + 1)) - set(present))[:5]
+        raise Refused(f"{info.name}: labels go up to {top}, and y_train lacks {lacking}: labels must be 0..classes-1")
+    if top < 1:
+        raise Refused(f"{info.name}: one class only; a classifier needs two")
+    return Data(info, train, labels[0], test, labels[1], top + 1)
+
+
+def _pixels(array: Any, what: str) -> Tensor:
+    """uint8 or float NHW, NHWC or NCHW -> (N, C, H, W) float32 in [0, 1]."""
+    array = np.asarray(array)
+    if array.ndim not in (3, 4) or array.dtype.kind not in "uf":
+        raise Refused(f"{what} is {array.dtype} {array.shape}: images must be uint8 or float, NHW, NHWC or NCHW")
+    if not array.size:
+        raise Refused(f"{what} is empty")
+    if array.ndim == 3:
+        array = array[:, None]
+    elif array.shape[1] == array.shape[3]:
+        raise Refused(
+            f"{what} is {array.shape}: channels may be its 2nd or its last axis; store it as NHW or with H != C"
+        )
+    elif array.shape[3] < array.shape[1]:
+        array = array.transpose(0, 3, 1, 2)
+    if array.dtype.kind == "u":
+        if array.dtype != np.uint8:
+            raise Refused(f"{what} is {array.dtype}: integer images must be uint8, 0..255")
+        return torch.from_numpy(np.ascontiguousarray(array)).float().div_(255)
+    images = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    if not torch.isfinite(images).all():
+        raise Refused(f"{what} holds NaN or infinity")
+    low, high = images.aminmax()
+    if low < 0 or high > 1:
+        raise Refused(
+            f"{what} lies in [{low:.4g}, {high:.4g}]: float images must lie in [0, 1]; divide by 255, or store uint8"
+        )
+    return images
+
+
+def _labels(array: Any, n: int, top: int, what: str) -> Tensor:
+    array = np.asarray(array)
+    if array.shape == (n, 1):
+        array = array[:, 0]
+    if array.shape != (n,) or array.dtype.kind not in "iu":
+        raise Refused(f"{what} is {array.dtype} {array.shape}: labels must be integers, one for each of the {n} images")
+    if array.min() < 0 or array.max() > top:
+        raise Refused(f"{what} holds {array.min()}..{array.max()}: labels must lie in 0..{top}")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+# ------------------------------------------------------------------------------------------------ use
+
+
+def take(data: Data, n_train: int | None) -> Data:
+    """The same dataset with n_train class-balanced training examples.
+
+    Raises:
+        Refused: more than there are, or fewer than classes.
+    """
+    if n_train is None or n_train == len(data.y_train):
+        return data
+    if not data.classes <= n_train <= len(data.y_train):
+        raise Refused(
+            f"--n-train {n_train}: {data.info.name} has {len(data.y_train)} training examples of {data.classes} classes"
+        )
+    rows = np.sort(balanced_order(data.y_train.numpy(), "n-train")[:n_train])
+    return replace(data, x_train=data.x_train[rows], y_train=data.y_train[rows])
+
+
+def augmented(x: Tensor, indices: np.ndarray, how: Augment, *key: object) -> Tensor:
+    """Random crop (zero padding of 4, a shift of -4..4 each way) and horizontal flip, of the whole batch at once.
+
+    Keyed by (key, index): the same example gets the same crop whatever batch it is in.
+    """
+    if how == "none":
+        return x
+    bits = hashed(indices, "augment", *key)
+    n, c, height, width = x.shape
+    shift = torch.from_numpy(np.stack([bits % np.uint64(9), (bits >> np.uint64(16)) % np.uint64(9)]).astype(np.int64))
+    rows = torch.arange(height) + shift[0][:, None]
+    columns = torch.arange(width) + shift[1][:, None]
+    if how == "crop-flip":
+        flip = torch.from_numpy(((bits >> np.uint64(32)) & np.uint64(1)).astype(bool))
+        columns = torch.where(flip[:, None], columns.flip(1), columns)
+    padded = F.pad(x, (4, 4, 4, 4))
+    where = (torch.arange(n)[:, None, None, None], torch.arange(c)[None, :, None, None])
+    index = (*where, rows[:, None, :, None], columns[:, None, None, :])
+    return padded[tuple(part.to(x.device) for part in index)]

@@ -1,0 +1,51 @@
+"""The main job on data that needs no download: train five contestants, examine them, rank them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fatbench import checkpoint, data, leaderboard, protocol, recipe, trainer
+from fatbench.console import stderr
+from fatbench.evaluate import Examination, evaluate
+from fatbench.recipe import Settings
+from fatbench.record import Record
+
+DEFENSES = ("standard", "madry", "trades", "fat", "fat-trades")
+EPOCHS = 15
+# One learning rate for all, chosen on the validation split by benchmarks/choose_lr.py.
+LR = 0.1
+BATCH_SIZE = 64
+
+
+def settings(defense: str, *, eps: str, epochs: int, seed: int) -> Settings:
+    """One contestant's run: the same budget for all."""
+    return recipe.resolve(defense, dataset="digits", eps=eps, epochs=epochs, lr=LR, batch_size=BATCH_SIZE, seed=seed)
+
+
+def demo(
+    out: Path,
+    *,
+    defenses: Sequence[str] = DEFENSES,
+    eps: str = "0.3",
+    epochs: int = EPOCHS,
+    seeds: int = 1,
+    device: str,
+) -> list[Record]:
+    """Trains, examines under every attack of the house protocol and publishes the tables into `out`.
+
+    Whatever is finished in `out` already is not done again.
+    """
+    digits, records = data.load("digits"), []
+    where = trainer.fabric_on(device).device
+    for seed in range(seeds):
+        for defense in defenses:
+            folder = out / "runs" / f"{defense}-eps{eps.replace('/', '_')}-epochs{epochs}-seed{seed}"
+            wanted = settings(defense, eps=eps, epochs=epochs, seed=seed)
+            trainer.train(wanted, folder, device=device, resume=(folder / "settings.toml").exists())
+            subject = checkpoint.load(folder)
+            examination = Examination(subject, digits, protocol.load(protocol.DEFAULT), eps)
+            records.append(evaluate(examination, out / "records", device=where))
+            stderr.print(leaderboard.summary(records[-1]), soft_wrap=True)
+    leaderboard.publish(leaderboard.gather(out / "records"), out)
+    return records

@@ -1,0 +1,290 @@
+"""Checkpoint x protocol -> record: every attack on the same fixed chunks, every counted example verified.
+
+The chunk is the unit of work, of resume and of sharding: (chunk, attack) outcomes are appended to `ID.partial.jsonl`
+as they come, and an examination that was killed goes on from there to the same `result`.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from fatbench import __version__, console
+from fatbench.attacks import crafting
+from fatbench.checkpoint import Subject
+from fatbench.data import Data, balanced_order
+from fatbench.errors import Refused
+from fatbench.evaluation import Attacked, Chunk, Evaluation, examiner
+from fatbench.files import append_line, digest, disk, read_lines, write_text
+from fatbench.protocol import Protocol
+from fatbench.quantities import number
+from fatbench.record import Record, count, outcomes_hash, read, write
+
+# How far outside the ball float32 may put an honest example: two units in the last place at 1.0.
+TOLERANCE = 2.0**-22
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All that decides a result: subject, data, protocol, budget, which examples, seed.
+
+    Attributes:
+        eps: As published.
+        n: The first n test examples; all where None.
+        balanced: A class-balanced draw of n instead.
+        chunk: Examples attacked together.
+    """
+
+    subject: Subject
+    data: Data
+    protocol: Protocol
+    eps: str
+    n: int | None = None
+    balanced: bool = False
+    seed: int = 0
+    chunk: int = 250
+
+    def rows(self) -> np.ndarray:
+        """The test examples' places, ascending."""
+        total = len(self.data.y_test)
+        n = total if self.n is None else self.n
+        if not 1 <= n <= total:
+            raise Refused(f"--n {n}: {self.data.info.name} has {total} test examples")
+        if not self.balanced or n == total:
+            return np.arange(n)
+        return np.sort(balanced_order(self.data.y_test.numpy(), "examined")[:n])
+
+    def examiners(self) -> dict[str, Evaluation]:
+        return {name: examiner(name, self.protocol.settings_for(name)) for name in self.protocol.attacks}
+
+    def plan(self) -> dict[str, Any]:
+        """Everything the result depends on, as plain JSON: its digest is the record's id."""
+        protocol = self.protocol.model_dump(mode="json", include={"name", "version", "source"})
+        attacks = {name: {"family": e.name, **asdict(e)} for name, e in self.examiners().items()}
+        rows = self.rows()
+        rule = "all" if len(rows) == len(self.data.y_test) else "balanced" if self.balanced else "first"
+        samples = {
+            "name": self.data.info.name, "fingerprint": self.data.fingerprint("test"), "shape": self.data.shape,
+            "classes": self.data.classes, "n": len(rows), "of": len(self.data.y_test), "rule": rule,
+        }  # fmt: skip
+        return {
+            "protocol": {**protocol, "attacks": attacks}, "network": _network(self.subject), "data": samples,
+            "eps": self.eps, "eps_value": number(self.eps), "seed": self.seed, "chunk": self.chunk, "norm": "linf",
+        }  # fmt: skip
+
+
+def _network(subject: Subject) -> dict[str, Any]:
+    meta, settings = subject.meta, subject.meta.get("settings") or {}
+    return {
+        "fingerprint": subject.fingerprint, "arch": meta["arch"], "defense": settings.get("defense"),
+        "fields": settings.get("fields", {}), "settings": settings, "seed": settings.get("seed"),
+        "eps_train": settings.get("eps"), "selection": meta.get("selection"), "epoch": meta.get("epoch"),
+        "epochs": meta.get("epochs"), "status": meta.get("status", "done"),
+    }  # fmt: skip
+
+
+def evaluate(task: Examination, out: Path, *, device: torch.device | str = "cpu") -> Record:
+    """Carries out an examination, or what is left of it, and writes its record into `out`.
+
+    A finished record of the same examination is returned as it is.
+
+    Raises:
+        Refused: a network that does not fit the data, or files in `out` that belong to another examination.
+    """
+    plan = task.plan()
+    name = plan["network"]["defense"] or Path(str(plan["network"]["arch"]).partition(":")[0]).stem
+    ident = f"{name}-{task.data.info.name}-{task.protocol.name}-{digest(plan)[:12]}".replace("/", "-").replace(" ", "-")
+    finished = out / f"{ident}.json"
+    if finished.exists():
+        return _same(finished, plan)
+    if plan["network"]["status"].startswith("failed"):
+        return write(out, _said(ident, plan, {}, "", (), {}), None)
+    model = task.subject.model.to(device, torch.float32)
+    _fits(model, task.data, device)
+    with disk(out):
+        out.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(out / f"{ident}.partial.jsonl", digest(plan))
+    began = time.perf_counter()
+    with _exact(), crafting(model):
+        _examine(task, model, ledger, device)
+    table, counts = _assembled(task, ledger)
+    run = _run(device, time.perf_counter() - began, counts, ledger)
+    warnings = (*counts["warnings"], *_doubts(table, task.data.classes))
+    record = write(
+        out, _said(ident, plan, count(table, list(task.protocol.attacks)), outcomes_hash(table), warnings, run), table
+    )
+    ledger.path.unlink()
+    return record
+
+
+def _said(
+    ident: str,
+    plan: dict[str, Any],
+    right: dict[str, int],
+    outcomes: str,
+    warnings: tuple[str, ...],
+    run: dict[str, Any],
+) -> dict[str, Any]:
+    found = {key: value for key, value in plan.items() if key != "protocol"}
+    shares = {attack: n / plan["data"]["n"] for attack, n in right.items()}
+    result = {**found, "correct": right, "accuracies": shares, "outcomes": outcomes, "warnings": warnings}
+    return {"id": ident, "protocol": plan["protocol"], "result": result, "run": run}
+
+
+def _same(path: Path, plan: dict[str, Any]) -> Record:
+    record = read(path)
+    said = record.model_dump(mode="json")
+    theirs = {"protocol": said["protocol"], **{key: said["result"].get(key) for key in plan if key != "protocol"}}
+    if digest(theirs) != digest(plan):
+        raise Refused(f"{path} is the record of another examination: choose another --out")
+    return record
+
+
+def _fits(model: nn.Module, loaded: Data, device: torch.device | str) -> None:
+    """One image through the network: shape, number of classes, finite logits."""
+    try:
+        with torch.no_grad():
+            logits = model(loaded.x_test[:1].to(device))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise Refused(f"the network cannot take {loaded.info.name}'s images {loaded.shape}: {reason}") from None
+    if logits.ndim != 2 or logits.shape[1] != loaded.classes:
+        raise Refused(
+            f"the network answers with {tuple(logits.shape[1:])} classes, {loaded.info.name} has {loaded.classes}"
+        )
+    if not torch.isfinite(logits).all():
+        raise Refused("the network's logits are not finite: its weights are broken")
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """float32 means float32: no TF32, or two GPUs would differ in the third digit of a logit."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+class Ledger:
+    """What has been done, a JSON line for each (chunk, attack), behind a line that says for which plan."""
+
+    def __init__(self, path: Path, plan: str) -> None:
+        self.path = path
+        lines = read_lines(path)
+        if lines and lines[0] != {"plan": plan}:
+            raise Refused(f"{path} belongs to another examination: choose another --out, or remove it")
+        self.entries: dict[tuple[int, str], dict[str, Any]] = {(e["chunk"], e["attack"]): e for e in lines[1:]}
+        self.resumed = len(self.entries)
+        # Also where a kill cut a line off: what can be read is what was done.
+        kept = "".join(f"{line}\n" for line in path.read_text("utf-8").split("\n")[: len(lines)]) if lines else ""
+        write_text(path, kept or f'{{"plan": "{plan}"}}\n')
+
+    def add(self, entry: dict[str, Any]) -> None:
+        append_line(self.path, entry)
+        self.entries[entry["chunk"], entry["attack"]] = entry
+
+
+def _examine(task: Examination, model: nn.Module, ledger: Ledger, device: torch.device | str) -> None:
+    rows, examiners = task.rows(), task.examiners()
+    parts = [rows[first : first + task.chunk] for first in range(0, len(rows), task.chunk)]
+    todo = [(c, attack) for c in range(len(parts)) for attack in ("clean", *examiners)]
+    if ledger.resumed:
+        console.stderr.print(f"resuming: {ledger.resumed} of {len(todo)} steps are done", soft_wrap=True)
+    chunk: Chunk | None = None
+    current = -1
+    with console.waiting(f"examining {task.data.info.name}", len(todo), done=ledger.resumed) as bar:
+        for c, attack in todo:
+            if (c, attack) in ledger.entries:
+                continue
+            if chunk is None or current != c:
+                chunk, current = _chunk(task, parts[c], device), c
+            entry = _attacked(model, chunk, attack, examiners.get(attack), number(task.eps))
+            ledger.add({"chunk": c, "attack": attack, **entry})
+            bar.advance(f"{attack}, chunk {c + 1} of {len(parts)}")
+
+
+def _chunk(task: Examination, rows: np.ndarray, device: torch.device | str) -> Chunk:
+    x = task.data.x_test[rows].contiguous().to(device)
+    return Chunk(x, task.data.y_test[rows].to(device), rows, task.data.classes, task.seed)
+
+
+def _attacked(model: nn.Module, chunk: Chunk, name: str, examiner: Evaluation | None, eps: float) -> dict[str, Any]:
+    """One attack on one chunk: predictions, and whom it broke."""
+    began = time.perf_counter()
+    attacked = Attacked(chunk.x, 0, 0) if examiner is None else examiner.attack(model, chunk, eps)
+    x_adv, forwards, backwards, warnings = attacked
+    predictions, broken, invalid = verified(model, chunk.x, x_adv, chunk.y, eps)
+    if invalid:
+        warnings = (*warnings, f"{name}: {invalid} examples lay outside the ball or [0, 1] and were not counted")
+    return {
+        "pred": predictions.tolist(), "broken": broken.tolist(), "forwards": forwards + len(chunk.x),
+        "backwards": backwards, "warnings": list(warnings), "seconds": round(time.perf_counter() - began, 3),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def verified(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor, int]:
+    """What an attack truly achieved: predictions (N,), broken (N,), and how many examples were not allowed.
+
+    Broken means misclassified by this very model in float32, at a point within eps of x (l-inf) and within [0, 1].
+    """
+    x_adv = x_adv.to(x)
+    predictions: Tensor = model(x_adv).argmax(dim=1)
+    far = (x_adv.double() - x.double()).abs().flatten(1).amax(dim=1)
+    low, high = x_adv.flatten(1).amin(dim=1), x_adv.flatten(1).amax(dim=1)
+    allowed = (far <= eps + TOLERANCE) & (low >= 0) & (high <= 1)  # NaN is in no interval
+    return predictions, (predictions != y) & allowed, int((~allowed).sum())
+
+
+def _assembled(task: Examination, ledger: Ledger) -> tuple[pd.DataFrame, dict[str, Any]]:
+    rows = task.rows()
+    chunks = range(-(-len(rows) // task.chunk))
+    columns: dict[str, Any] = {"index": rows, "label": task.data.y_test[rows].numpy()}
+    counts: dict[str, Any] = {"attacks": {}, "warnings": []}
+    for attack in ("clean", *task.protocol.attacks):
+        entries = [ledger.entries[c, attack] for c in chunks]
+        predictions = np.concatenate([np.asarray(e["pred"], dtype=np.int64) for e in entries])
+        if attack == "clean":
+            columns["clean_pred"] = predictions
+            continue
+        columns[f"{attack}.pred"] = predictions
+        columns[f"{attack}.broken"] = np.concatenate([np.asarray(e["broken"], dtype=bool) for e in entries])
+        counts["attacks"][attack] = {key: sum(e[key] for e in entries) for key in ("forwards", "backwards", "seconds")}
+        counts["warnings"] += dict.fromkeys(
+            f"{attack}: {w}".removeprefix(f"{attack}: {attack}: ") for e in entries for w in e["warnings"]
+        )
+    return pd.DataFrame(columns), counts
+
+
+def _doubts(table: pd.DataFrame, classes: int) -> list[str]:
+    """What the outcomes themselves give away."""
+    share = table["clean_pred"].value_counts(normalize=True).iloc[0]
+    real = table["label"].value_counts(normalize=True).iloc[0]
+    if len(table) >= 10 * classes and share > 0.99 and real < 0.9:
+        return [f"collapsed: one class is predicted for {share:.0%} of the clean examples"]
+    return []
+
+
+def _run(device: torch.device | str, seconds: float, counts: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
+    kind = torch.device(device)
+    name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else platform.processor() or platform.machine()
+    packages = ("torch", "numpy", "pyautoattack")
+    return {
+        "fatbench": __version__, "python": platform.python_version(), **{p: version(p) for p in packages},
+        "device": f"{kind.type} ({name})", "threads": torch.get_num_threads(), "precision": "float32, TF32 off",
+        "seconds": round(seconds, 3), "resumed_steps": ledger.resumed, "attacks": counts["attacks"],
+    }  # fmt: skip

@@ -1,0 +1,168 @@
+"""A record: what one examination found, in `ID.json` {schema, protocol, result, run, hash} and `ID.parquet`.
+
+`result` is hashed with the protocol: it is the same however often the examination was killed and on however many
+processes it ran. `run` tells when and on what. The parquet holds one row an example: index, label, clean_pred, and for
+each attack `<attack>.pred` and `<attack>.broken`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fatbench.errors import Refused, first_line
+from fatbench.files import digest, read_json, write_atomic, write_json
+from fatbench.protocol import told
+from fatbench.quantities import Eps
+
+SCHEMA = 1
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Network(Strict):
+    """The network that was examined."""
+
+    fingerprint: str = Field(description="sha256 of weights and normalisation")
+    arch: str = Field(description="as models are named; a user's own is file.py:factory")
+    defense: str | None = Field(description="registered name; null where it is not known")
+    fields: dict[str, Any] = Field(description="the defense's hyper-parameters")
+    settings: dict[str, Any] = Field(description="the training run's settings; empty for foreign weights")
+    seed: int | None = Field(description="of training")
+    eps_train: Eps | None = Field(description="as published")
+    selection: str | None = Field(description="last, or best on validation")
+    epoch: int | None = Field(description="epochs trained")
+    epochs: int | None = Field(description="of so many")
+    status: str = Field(description="done, unfinished, or failed: why; only done has a place on a table")
+
+
+class Samples(Strict):
+    """The test examples."""
+
+    name: str = Field(description="the dataset")
+    fingerprint: str = Field(description="sha256 of the whole test split as used")
+    shape: tuple[int, int, int] = Field(description="(C, H, W)")
+    classes: int = Field(ge=2)
+    n: int = Field(ge=1, description="examples examined")
+    of: int = Field(ge=1, description="examples in the split")
+    rule: Literal["all", "first", "balanced"] = Field(description="which: all, the first n, or a class-balanced draw")
+
+
+class Result(Strict):
+    """What was found; hashed."""
+
+    network: Network
+    data: Samples
+    norm: Literal["linf"]
+    eps: Eps = Field(description="as published")
+    eps_value: float = Field(ge=0, le=1, description="as used, in pixel units")
+    seed: int = Field(description="of the examination")
+    chunk: int = Field(ge=1, description="examples attacked together; equal bits need equal chunks")
+    correct: dict[str, int] = Field(description="examples still classified rightly: clean, each attack, worst")
+    accuracies: dict[str, float] = Field(description="correct / n")
+    outcomes: str = Field(description="sha256 of the per-example columns")
+    warnings: tuple[str, ...] = Field(description="reasons for doubt, one line each")
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Result:
+        for name, right in self.correct.items():
+            if not 0 <= right <= self.data.n or abs(self.accuracies.get(name, -1) - right / self.data.n) > 1e-12:
+                raise ValueError(f"{name}: {right} of {self.data.n} right is not {self.accuracies.get(name)}")
+        if self.correct.keys() != self.accuracies.keys():
+            raise ValueError("accuracies and counts name different attacks")
+        return self
+
+
+class Record(Strict):
+    """One examination."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    protocol: dict[str, Any] = Field(description="name, version, source, and every attack's settings in full")
+    result: Result
+    run: dict[str, Any] = Field(description="versions, device, precision, times, forwards, backwards")
+    hash: str = Field(description="sha256 of {schema, id, protocol, result}")
+
+    @property
+    def attacks(self) -> list[str]:
+        return [name for name in self.result.correct if name not in ("clean", "worst")]
+
+    def sealed(self) -> str:
+        """The hash that this record must carry."""
+        said = self.model_dump(mode="json", by_alias=True)
+        return digest({key: said[key] for key in ("schema", "id", "protocol", "result")})
+
+
+def outcomes_hash(table: pd.DataFrame) -> str:
+    """sha256 of the per-example columns, independent of how parquet packs them."""
+    sha = hashlib.sha256()
+    for name in table.columns:
+        values = np.ascontiguousarray(table[name].to_numpy().astype(np.int64))
+        sha.update(f"{name} {len(values)}\n".encode())
+        sha.update(values.data)
+    return sha.hexdigest()
+
+
+def write(folder: Path, said: dict[str, Any], outcomes: pd.DataFrame | None) -> Record:
+    """Seals and writes a record: the parquet first, the JSON last, so that a JSON always has its evidence."""
+    record = Record.model_validate({**said, "schema": SCHEMA, "hash": ""})
+    record = record.model_copy(update={"hash": record.sealed()})
+    if outcomes is not None:
+        write_atomic(
+            folder / f"{record.id}.parquet", lambda path: outcomes.to_parquet(path, index=False, compression="zstd")
+        )
+    write_json(folder / f"{record.id}.json", record.model_dump(mode="json", by_alias=True))
+    return record
+
+
+def read(path: Path) -> Record:
+    """A record, checked: schema, hash, counts, and the per-example evidence beside it.
+
+    Raises:
+        Refused: what is wrong with it.
+    """
+    try:
+        record = Record.model_validate(read_json(path, "record"))
+    except ValidationError as error:
+        raise Refused(f"{path} is no record of schema {SCHEMA}: {told(error)}") from None
+    if record.hash != record.sealed():
+        raise Refused(f"{path} was changed after it was written: its hash does not match; examine the network again")
+    if record.result.correct:
+        _agree(record, path.with_suffix(".parquet"))
+    return record
+
+
+def read_outcomes(path: Path) -> pd.DataFrame:
+    """The per-example columns of a record's parquet."""
+    try:
+        return pd.read_parquet(path)
+    except FileNotFoundError:
+        raise Refused(f"{path} is missing: a record needs its per-example outcomes beside it") from None
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise Refused(f"{path} is corrupt: {first_line(error)}; copy it again") from None
+
+
+def _agree(record: Record, path: Path) -> None:
+    table = read_outcomes(path)
+    if outcomes_hash(table) != record.result.outcomes:
+        raise Refused(f"{path} is not what its record was made from: examine the network again")
+    if count(table, record.attacks) != record.result.correct:
+        raise Refused(f"{path}: its outcomes do not add up to the record's accuracies")
+
+
+def count(table: pd.DataFrame, attacks: list[str]) -> dict[str, int]:
+    """Examples still right: clean, under each attack, and under the worst of all for each example."""
+    wrong = table["clean_pred"] != table["label"]
+    right = {"clean": int((~wrong).sum())}
+    for attack in attacks:
+        right[attack] = int((~table[f"{attack}.broken"]).sum())
+        wrong = wrong | table[f"{attack}.broken"]
+    return {**right, "worst": int((~wrong).sum())}

@@ -1,0 +1,124 @@
+"""What `fatbench show` tells of one thing."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from fatbench import protocol, recipe
+from fatbench.catalogue import DATASETS, NETWORKS
+from fatbench.errors import unknown
+from fatbench.registry import defenses, evaluations
+
+
+def show(kind: str, name: str) -> str:
+    """The text for one thing of a kind.
+
+    Raises:
+        Refused: unknown kind or name, or a file that cannot be read.
+    """
+    key = kind.rstrip("s")
+    if key not in _TELL:
+        raise unknown("kind", kind, _TELL)
+    return _TELL[key](name)
+
+
+def _plugin(registry: Any) -> Callable[[str], str]:
+    def tell(name: str) -> str:
+        cls = registry[name]
+        lines = [f"{cls.name} ({registry.entry(name).origin})", "", inspect.getdoc(inspect.getmodule(cls)) or "", ""]
+        lines += [inspect.getdoc(cls) or "", "", "fields (--set NAME=VALUE):"]
+        comments = _comments(cls)
+        for f in fields(cls):
+            if f.init:
+                default = "required" if f.default is MISSING else repr(f.default)
+                lines.append(f"  {f.name} = {default}" + (f"  # {comments[f.name]}" if f.name in comments else ""))
+        return "\n".join(lines)
+
+    return tell
+
+
+def _comments(cls: type[Any]) -> dict[str, str]:
+    """The comment behind each field, or on the lines above it, as the source has it."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        try:
+            lines = inspect.getsource(base).splitlines()
+        except (OSError, TypeError):
+            continue
+        above: list[str] = []
+        for line in lines:
+            text = line.strip()
+            if text.startswith("#"):
+                above.append(text.lstrip("# "))
+                continue
+            head, _, comment = text.partition("  # ")
+            name = head.partition(":")[0]
+            if ":" in head and "=" in head and name.isidentifier() and (comment or above):
+                found[name] = comment or " ".join(above)
+            above = []
+    return found
+
+
+def _model(name: str) -> str:
+    import torch
+
+    from fatbench import models
+
+    if name.replace("_", "-") not in NETWORKS:
+        raise unknown("model", name, NETWORKS)
+    with torch.device("meta"):
+        net = models.build(name)
+    parameters = list(net.parameters())
+    total, used = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    rows = [f"  {key} {tuple(value.shape)}" for key, value in net.state_dict().items()]
+    size = f"{total:,} parameters, {used:,} of them in use (10 classes, 3 channels)"
+    return "\n".join([f"{name}: {NETWORKS[name.replace('_', '-')]}", size, *rows])
+
+
+def _dataset(name: str) -> str:
+    info = DATASETS.get(name.replace("_", "-"))
+    if info is None:
+        raise unknown("dataset", name, DATASETS)
+    shape = "x".join(str(side) for side in info.shape or ())
+    lines = [f"{info.name}: {info.summary}", f"  images {shape}, {info.classes} classes", f"  default eps {info.eps}"]
+    return "\n".join([*lines, f"  default network {info.arch}", f"  default augmentation {info.augment}"])
+
+
+def _protocol(name: str) -> str:
+    protocol.load(name)
+    path = Path(name) if name.endswith(".toml") else protocol.shelf()[name.replace("_", "-")]
+    return path.read_text(encoding="utf-8").rstrip()
+
+
+def _recipe(name: str) -> str:
+    return recipe.resolve(None, recipe=name).toml().rstrip()
+
+
+def _record(name: str) -> str:
+    from fatbench.record import read
+
+    return json.dumps(read(Path(name)).model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False)
+
+
+def _checkpoint(name: str) -> str:
+    from fatbench.checkpoint import load
+
+    subject = load(Path(name))
+    return json.dumps({"fingerprint": subject.fingerprint, **subject.meta}, indent=1, ensure_ascii=False)
+
+
+_TELL: dict[str, Callable[[str], str]] = {
+    "defense": _plugin(defenses),
+    "evaluation": _plugin(evaluations),
+    "model": _model,
+    "dataset": _dataset,
+    "protocol": _protocol,
+    "recipe": _recipe,
+    "record": _record,
+    "checkpoint": _checkpoint,
+}
