@@ -3,7 +3,7 @@
 # make bench   the benchmarks     make clean   takes away what these made, the environment too
 PYTHON ?= python3
 BIN := .venv/bin
-# Two threads are enough for networks of this size, and the same number everywhere gives the same bits.
+# The tests hold bits against bits: the same number of threads everywhere.
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: demo test check bench clean

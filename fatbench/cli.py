@@ -93,6 +93,8 @@ def train(
     _one_process(devices)
     options = {"dataset": dataset, "arch": arch, "epochs": epochs, "batch_size": batch_size, "lr": lr, "eps": eps}
     options |= {"seed": seed, "n_train": n_train, "precision": precision}
+    if resume and out and not (defense or recipe) and (out / "settings.toml").exists():
+        recipe = str(out / "settings.toml")
     settings = resolve(defense, recipe=recipe, sets=sets or (), **options)
     folder = out or Path("runs") / f"{settings.defense}-{Path(settings.dataset).stem}-seed{settings.seed}"
 
@@ -301,7 +303,13 @@ def _print_table(key: tuple[str, ...], table: pd.DataFrame) -> None:
     from fatbench.console import stdout
 
     shown = boards.cells(table, intervals=False)
-    printed = Table(title=escape(boards.heading(key)), title_justify="left")
+    # What is the same in every row is said once: a terminal is narrow.
+    same = [c for c in ("network", "eps train", "epochs", "n", "seeds") if len(shown) > 1 and shown[c].nunique() == 1]
+    said = ", ".join(f"{column} {shown[column].iloc[0]}" for column in same)
+    shown = shown.drop(columns=same)
+    printed = Table(
+        title=escape(boards.heading(key)), title_justify="left", caption=escape(said), caption_justify="left"
+    )
     for column in shown.columns:
         printed.add_column(escape(column), justify="left" if column in ("defense", "network") else "right")
     for row in shown.itertuples(index=False):

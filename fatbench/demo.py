@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from fatbench import checkpoint, data, leaderboard, protocol, recipe, trainer
 from fatbench.console import stderr
 from fatbench.evaluate import Examination, evaluate
@@ -36,6 +38,8 @@ def demo(
 
     Whatever is finished in `out` already is not done again.
     """
+    # A second thread gains little on networks this small, and one gives the same bits on any number of cores.
+    torch.set_num_threads(1)
     digits, records = data.load("digits"), []
     where = trainer.fabric_on(device).device
     for seed in range(seeds):

@@ -26,7 +26,7 @@ from fatbench.checkpoint import Subject
 from fatbench.data import Data, balanced_order
 from fatbench.errors import Refused
 from fatbench.evaluation import Attacked, Chunk, Evaluation, examiner
-from fatbench.files import append_line, digest, disk, read_lines, write_text
+from fatbench.files import append_line, digest, disk, locked, read_lines, write_text
 from fatbench.protocol import Protocol
 from fatbench.quantities import number
 from fatbench.record import Record, count, outcomes_hash, read, write
@@ -114,6 +114,14 @@ def evaluate(task: Examination, out: Path, *, device: torch.device | str = "cpu"
     _fits(model, task.data, device)
     with disk(out):
         out.mkdir(parents=True, exist_ok=True)
+    with locked(out / f".{ident}.lock", f"on {finished}"):
+        return _go_on(task, plan, ident, model, out, device)
+
+
+def _go_on(
+    task: Examination, plan: dict[str, Any], ident: str, model: nn.Module, out: Path, device: torch.device | str
+) -> Record:
+    """Does what is left to do, and writes the record."""
     ledger = Ledger(out / f"{ident}.partial.jsonl", digest(plan))
     began = time.perf_counter()
     with _exact(), crafting(model):

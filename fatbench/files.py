@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from fatbench.errors import Refused, first_line
 
 
@@ -49,6 +51,27 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             neighbour.replace(path)
         finally:
             neighbour.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, where: str) -> Iterator[None]:
+    """Holds a lock file; a killed process lets go of it. Clears what killed writers left beside it.
+
+    Raises:
+        Refused: another process holds it.
+    """
+    lock = FileLock(path)
+    try:
+        with disk(path):
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise Refused(f"another process is at work {where}: wait for it, or choose another --out") from None
+    try:
+        for left in path.parent.glob(f"{path.name.removesuffix('lock')}*.tmp"):
+            left.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -107,12 +107,16 @@ class _WideBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.convShortcut = None if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+        self.convShortcut: nn.Module | None = (
+            None if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.bn1(x))
-        out = self.conv2(F.relu(self.bn2(self.conv1(active))))
-        shortcut: Tensor = x if self.convShortcut is None else self.convShortcut(active)
+        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        if self.convShortcut is None:
+            return x + out
+        shortcut: Tensor = self.convShortcut(active)
         return shortcut + out
 
 

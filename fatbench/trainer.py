@@ -1,15 +1,13 @@
 """The one loop that trains every contestant, on Lightning Fabric.
 
-A run folder holds settings.toml (itself a recipe), metrics.jsonl (a line an epoch), last.safetensors, best.safetensors
-(best on validation), resume.pt (plain types), and `done`, written last. Everything random is keyed by seed, epoch and
-example, and an epoch is the unit of resume: a run killed anywhere and resumed ends with the same bits.
+Everything random is keyed by seed, epoch and example, and an epoch is the unit of resume: a run killed anywhere and
+resumed ends with the same bits. What a run leaves behind is told in fatbench/runs.py.
 """
 
 from __future__ import annotations
 
 import json
 import time
-import tomllib
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -19,29 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from fatbench import checkpoint, console, data, models, recipe
+from fatbench import checkpoint, console, data, models, recipe, runs
 from fatbench.attacks import crafting, pgd, uniform
 from fatbench.defense import Craft, Defense, Verdict
 from fatbench.draws import Draws, hashed, shuffled
 from fatbench.errors import Refused, RunFailed, first_line
-from fatbench.files import append_line, disk, read_json, read_lines, write_atomic, write_json, write_text
+from fatbench.files import append_line, read_lines, write_atomic, write_json, write_text
 from fatbench.quantities import Progress, number, value_at
 from fatbench.recipe import Settings
 
 SELECTION = "pgd-10"  # best.safetensors: highest validation accuracy under PGD-10 (eps/4, uniform), then natural
-_OWNED = (
-    "settings.toml",
-    "metrics.jsonl",
-    "last.safetensors",
-    "best.safetensors",
-    "failed.safetensors",
-    "resume.pt",
-    "done",
-)
 
 
 def train(settings: Settings, out: Path, *, device: str = "auto", resume: bool = False, force: bool = False) -> Path:
@@ -60,9 +48,9 @@ def train(settings: Settings, out: Path, *, device: str = "auto", resume: bool =
     """
     loaded = data.take(data.load(settings.dataset), settings.n_train)
     run = Run(settings, out, loaded, fabric_on(device, settings.precision))
-    with _claimed(out, settings, resume=resume, force=force):
+    with runs.claimed(out, settings, resume=resume, force=force):
         if (out / "done").exists():
-            _raise_if_failed(out)
+            runs.raise_if_failed(out)
             return out
         if (out / "resume.pt").exists():
             run.restore()
@@ -82,67 +70,6 @@ def fabric_on(device: str, precision: str = "32-true") -> Fabric:
     if precision == "bf16-mixed" and kind == "cuda" and not torch.cuda.is_bf16_supported():
         raise Refused("--precision bf16-mixed: this GPU has no bfloat16; use 32-true")
     return Fabric(accelerator=kind, devices=[int(index)] if index else 1, precision=precision)  # type: ignore[arg-type]
-
-
-class _Claim:
-    """A run folder while it is in use: nobody else's, and ours to write."""
-
-    def __init__(self, out: Path) -> None:
-        self.lock = FileLock(out / ".lock")
-
-    def __enter__(self) -> None:
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise Refused(
-                f"another process is at work in {Path(self.lock.lock_file).parent}: wait, or choose another --out"
-            ) from None
-
-    def __exit__(self, *exc: object) -> None:
-        self.lock.release()
-
-
-def _claimed(out: Path, settings: Settings, *, resume: bool, force: bool) -> _Claim:
-    """Takes the folder for this run, or says whose it is. Nothing is written where the answer is no."""
-    if out.exists() and not out.is_dir():
-        raise Refused(f"{out} is a file: --out takes a folder")
-    held = out.is_dir() and any(path.name != ".lock" for path in out.iterdir())
-    if held and not (out / "settings.toml").exists():
-        raise Refused(f"{out} holds something else and no run: choose another --out")
-    if held and not force:
-        theirs = _settings_in(out)
-        if not resume:
-            raise Refused(
-                f"{out} holds a run: --resume goes on with it, --force throws it away, or choose another --out"
-            )
-        changed = recipe.difference(theirs, settings)
-        if changed:
-            raise Refused(
-                f"{out} was begun with other settings ({changed}): resume it with its own, or choose another --out"
-            )
-    with disk(out):
-        out.mkdir(parents=True, exist_ok=True)
-    claim = _Claim(out)
-    if not held or force:
-        with claim:
-            for name in _OWNED:
-                (out / name).unlink(missing_ok=True)
-            write_text(out / "settings.toml", settings.toml())
-    return claim
-
-
-def _settings_in(out: Path) -> Settings:
-    try:
-        said = tomllib.loads((out / "settings.toml").read_text(encoding="utf-8"))
-        return Settings.model_validate(said)
-    except (OSError, ValueError) as error:
-        raise Refused(f"{out / 'settings.toml'} is broken: {first_line(error)}; choose another --out") from None
-
-
-def _raise_if_failed(out: Path) -> None:
-    mark = read_json(out / "done", "end-of-run mark")
-    if mark.get("status") == "failed":
-        raise RunFailed(f"the run in {out} has failed: {mark.get('reason')}; begin again elsewhere, or with --force")
 
 
 class Student(nn.Module):

@@ -1,0 +1,1 @@
+"""A defense and an evaluation as a third party would bring them."""
