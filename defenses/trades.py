@@ -28,8 +28,10 @@ class Trades(Defense):
     forwards: Literal["nat-adv", "nat-adv-nat"] = "nat-adv"
 
     def loss(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, progress: Progress) -> Tensor:
-        # The gradient flows through both arguments of the KL. "batchmean" is the sum over classes, mean over examples.
+        # The gradient flows through both arguments of the KL. "batchmean" is the sum over classes, mean over examples;
+        # log_target keeps the gradient finite where a probability underflows to 0.
         logits = model(x)
         log_adv = F.log_softmax(model(x_adv), dim=1)
-        clean = F.softmax(logits if self.forwards == "nat-adv" else model(x), dim=1)
-        return F.cross_entropy(logits, y) + self.beta * F.kl_div(log_adv, clean, reduction="batchmean")
+        log_clean = F.log_softmax(logits if self.forwards == "nat-adv" else model(x), dim=1)
+        divergence = F.kl_div(log_adv, log_clean, reduction="batchmean", log_target=True)
+        return F.cross_entropy(logits, y) + self.beta * divergence

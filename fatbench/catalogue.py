@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from fatbench.errors import Refused, unknown
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -60,9 +62,21 @@ DATASETS: dict[str, Dataset] = {
 }  # fmt: skip
 
 
-def own_dataset(path: Path) -> Dataset:
-    """A user's own data, named by its file or folder."""
-    return Dataset(path.stem, f"{path.name}, yours")
+def described(name: str) -> Dataset:
+    """What is known of a dataset: by name, or a user's own by its path.
+
+    Raises:
+        Refused: neither a known name nor an .npz file or a folder that exists.
+    """
+    key = name.lower().replace("_", "-")
+    if key in DATASETS:
+        return DATASETS[key]
+    path = Path(name)
+    if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
+        return Dataset(path.stem, f"{path.name}, yours")
+    if path.suffix == ".npz" or path.name != name:
+        raise Refused(f"no dataset at {name}: a path must be an .npz file or a folder holding train/ and test/")
+    raise unknown("dataset", name, [*DATASETS, "path.npz", "a folder"])
 
 
 # name -> one line; fatbench/models.py builds them.

@@ -345,6 +345,8 @@ def main() -> None:
     usage = typer.BadParameter.__mro__[2]  # ClickException, which typer vendors and does not export
     try:
         code = app(standalone_mode=False)
+        if code == 130:  # typer turns Ctrl-C into an exit code
+            raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
         _stop(130, "interrupted; the same command with --resume (train), or as it was (evaluate), goes on")
     except Refused as refusal:

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fatbench.catalogue import DATASETS, Dataset, own_dataset
+from fatbench.catalogue import Dataset, described
 from fatbench.draws import hashed, shuffled
-from fatbench.errors import Refused, first_line, unknown
+from fatbench.errors import Refused, first_line
 
 Augment = Literal["none", "crop", "crop-flip"]
 
@@ -83,18 +83,12 @@ def load(name: str, folder: Path | None = None) -> Data:
     Raises:
         Refused: unknown name, missing or broken file, labels out of range, images outside [0, 1] or not finite.
     """
-    key = name.lower().replace("_", "-")
-    if key in DATASETS:
-        parts = _digits() if key == "digits" else _torchvision(DATASETS[key], folder or data_folder())
-        return _checked(DATASETS[key], *parts, classes=DATASETS[key].classes)
-    path = Path(name)
-    if path.suffix == ".npz":
-        return _checked(own_dataset(path), *_npz(path))
-    if path.is_dir():
-        return _checked(own_dataset(path), *_images(path))
-    if os.sep in name or path.suffix:
-        raise Refused(f"no dataset at {name}: a path must be an .npz file or a folder holding train/ and test/")
-    raise unknown("dataset", name, [*DATASETS, "path.npz", "a folder"])
+    info = described(name)
+    if info.name == "digits":
+        return _checked(info, *_digits(), classes=info.classes)
+    if info.torchvision:
+        return _checked(info, *_torchvision(info, folder or data_folder()), classes=info.classes)
+    return _checked(info, *(_images(Path(name)) if Path(name).is_dir() else _npz(Path(name))))
 
 
 def data_folder() -> Path:
@@ -145,8 +139,6 @@ def _npz(path: Path) -> Arrays:
             if missing:
                 raise Refused(f"{path} lacks {', '.join(missing)}: it must hold {', '.join(names)}")
             return tuple(file[name] for name in names)
-    except FileNotFoundError:
-        raise Refused(f"no dataset at {path}") from None
     except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise Refused(f"{path} is not a readable .npz of plain arrays: {first_line(error)}") from None
 

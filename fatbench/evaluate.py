@@ -168,9 +168,8 @@ def _fits(model: nn.Module, loaded: Data, device: torch.device | str) -> None:
         reason = str(error).partition("\n")[0]
         raise Refused(f"the network cannot take {loaded.info.name}'s images {loaded.shape}: {reason}") from None
     if logits.ndim != 2 or logits.shape[1] != loaded.classes:
-        raise Refused(
-            f"the network answers with {tuple(logits.shape[1:])} classes, {loaded.info.name} has {loaded.classes}"
-        )
+        answers = " x ".join(map(str, logits.shape[1:]))
+        raise Refused(f"the network answers with {answers} classes, {loaded.info.name} has {loaded.classes}")
     if not torch.isfinite(logits).all():
         raise Refused("the network's logits are not finite: its weights are broken")
 

@@ -61,11 +61,11 @@ def locked(path: Path, where: str) -> Iterator[None]:
         Refused: another process holds it.
     """
     lock = FileLock(path)
-    try:
-        with disk(path):
+    with disk(path):
+        try:
             lock.acquire(timeout=0)
-    except Timeout:
-        raise Refused(f"another process is at work {where}: wait for it, or choose another --out") from None
+        except Timeout:  # an OSError, but no fault of the disk's
+            raise Refused(f"another process is at work {where}: wait for it, or choose another --out") from None
     try:
         for left in path.parent.glob(f"{path.name.removesuffix('lock')}*.tmp"):
             left.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from fatbench.catalogue import DATASETS, NETWORKS, own_dataset
+from fatbench.catalogue import NETWORKS, described
 from fatbench.errors import Refused, first_line, unknown
 from fatbench.protocol import told
 from fatbench.quantities import Eps, Moment, NonNegative, Positive, Progress, ascending, number, value_at
@@ -123,9 +123,8 @@ def _pair(text: str) -> tuple[str, Any]:
 
 def _with_defaults(said: dict[str, Any]) -> dict[str, Any]:
     name = str(said.get("dataset", "digits"))
-    info = DATASETS.get(name.lower().replace("_", "-")) or own_dataset(Path(name))
-    if info.name in DATASETS:
-        said["dataset"] = info.name
+    info = described(name)
+    said["dataset"] = info.name if info.shape else name
     said = {"arch": info.arch, "augment": info.augment} | ({"eps": info.eps} if info.eps else {}) | said
     if "eps" not in said:
         raise Refused(f"{name} has no default budget: give --eps, such as --eps 8/255")

@@ -52,8 +52,7 @@ def train(settings: Settings, out: Path, *, device: str = "auto", resume: bool =
         if (out / "done").exists():
             runs.raise_if_failed(out)
             return out
-        if (out / "resume.pt").exists():
-            run.restore()
+        run.restore()
         run.go()
     return out
 
@@ -301,8 +300,11 @@ class Run:
         raise RunFailed(f"{reason}: the run in {self.out} has failed; a smaller --lr may help")
 
     def restore(self) -> None:
-        """Takes up the state that the last saved epoch left."""
+        """Takes up the state that the last saved epoch left; where none was, the run stands at its beginning."""
         path = self.out / "resume.pt"
+        if not path.exists():
+            (self.out / "metrics.jsonl").unlink(missing_ok=True)  # of a first epoch whose state was not saved
+            return
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.net.load_state_dict(state["net"])
