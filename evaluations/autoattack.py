@@ -28,8 +28,29 @@ class AutoAttack(Evaluation):
         counted = _Counted(model)
         with _guarded(model, chunk.x) as warnings:
             library = self._library(counted, chunk, eps)
-            x_adv, _ = library.run_standard_evaluation(chunk.x, chunk.y, batch_size=len(chunk.x))
-        return Attacked(x_adv, counted.forwards, counted.backwards, tuple(dict.fromkeys(warnings)))
+            x_adv, stages = self._cascade(library, counted, chunk)
+        return Attacked(x_adv, counted.forwards, counted.backwards, tuple(dict.fromkeys(warnings)), stages)
+
+    @staticmethod
+    def _cascade(library: Any, model: nn.Module, chunk: Chunk) -> tuple[Tensor, dict[str, int]]:
+        """The library's stages one by one, each on whom the former left standing: the same flags, and who fell to what.
+
+        Its own check on Square is thereby not made: it would judge a chunk alone, where one example is too many.
+        """
+        x_adv, stages = chunk.x.clone(), dict.fromkeys(library.attacks_to_run, 0)
+        with torch.no_grad():
+            standing = (model(chunk.x).argmax(dim=1) == chunk.y).nonzero().squeeze(1)
+        for stage in stages:
+            if not len(standing):
+                break
+            library.attacks_to_run = [stage]
+            x, y = chunk.x[standing], chunk.y[standing]
+            found, predicted = library.run_standard_evaluation(x, y, batch_size=len(x))
+            fell = predicted != y
+            x_adv[standing[fell]] = found[fell]
+            stages[stage] = int(fell.sum())
+            standing = standing[~fell]
+        return x_adv, stages
 
     def _library(self, model: nn.Module, chunk: Chunk, eps: float) -> Any:
         import pyautoattack

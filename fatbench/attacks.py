@@ -7,7 +7,7 @@ int64, logits are (N, classes); eps and step_size are in pixel units, distances 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -240,6 +240,16 @@ class Crafted:
     steps: Tensor
     forwards: int
     backwards: int
+
+    @classmethod
+    def joined(cls, parts: Sequence[Crafted]) -> Crafted:
+        """Consecutive parts of one batch as one."""
+        return cls(
+            torch.cat([part.x_adv for part in parts]),
+            torch.cat([part.steps for part in parts]),
+            sum(part.forwards for part in parts),
+            sum(part.backwards for part in parts),
+        )
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def evaluate(task: Examination, out: Path, *, device: torch.device | str = "cpu"
     if finished.exists():
         return _same(finished, plan)
     if plan["network"]["status"].startswith("failed"):
-        return write(out, _said(ident, plan, {}, "", (), {}), None)
+        return write(out, _said(ident, plan, None, {}), None)
     model = task.subject.model.to(device, torch.float32)
     _fits(model, task.data, device)
     with disk(out):
@@ -126,27 +126,22 @@ def _go_on(
     began = time.perf_counter()
     with _exact(), crafting(model):
         _examine(task, model, ledger, device)
-    table, counts = _assembled(task, ledger)
-    run = _run(device, time.perf_counter() - began, counts, ledger)
-    warnings = (*counts["warnings"], *_doubts(table, task.data.classes))
-    record = write(
-        out, _said(ident, plan, count(table, list(task.protocol.attacks)), outcomes_hash(table), warnings, run), table
-    )
+    found = _findings(task, ledger)
+    run = _run(device, time.perf_counter() - began, found, ledger)
+    record = write(out, _said(ident, plan, found, run), found.table)
     ledger.path.unlink()
     return record
 
 
-def _said(
-    ident: str,
-    plan: dict[str, Any],
-    right: dict[str, int],
-    outcomes: str,
-    warnings: tuple[str, ...],
-    run: dict[str, Any],
-) -> dict[str, Any]:
-    found = {key: value for key, value in plan.items() if key != "protocol"}
-    shares = {attack: n / plan["data"]["n"] for attack, n in right.items()}
-    result = {**found, "correct": right, "accuracies": shares, "outcomes": outcomes, "warnings": warnings}
+def _said(ident: str, plan: dict[str, Any], found: Findings | None, run: dict[str, Any]) -> dict[str, Any]:
+    """A record's content; `found` is None of a network that failed in training: it has no number."""
+    settled = {key: value for key, value in plan.items() if key != "protocol"}
+    right = count(found.table, list(plan["protocol"]["attacks"])) if found else {}
+    result = {
+        **settled, "correct": right, "accuracies": {name: k / plan["data"]["n"] for name, k in right.items()},
+        "stages": found.stages if found else {}, "outcomes": outcomes_hash(found.table) if found else "",
+        "warnings": found.warnings if found else (),
+    }  # fmt: skip
     return {"id": ident, "protocol": plan["protocol"], "result": result, "run": run}
 
 
@@ -233,13 +228,14 @@ def _attacked(model: nn.Module, chunk: Chunk, name: str, examiner: Evaluation | 
     """One attack on one chunk: predictions, and whom it broke."""
     began = time.perf_counter()
     attacked = Attacked(chunk.x, 0, 0) if examiner is None else examiner.attack(model, chunk, eps)
-    x_adv, forwards, backwards, warnings = attacked
+    x_adv, forwards, backwards, warnings, stages = attacked
     predictions, broken, invalid = verified(model, chunk.x, x_adv, chunk.y, eps)
     if invalid:
-        warnings = (*warnings, f"{name}: {invalid} examples lay outside the ball or [0, 1] and were not counted")
+        warnings = (*warnings, f"{invalid} examples lay outside the ball or [0, 1] and were not counted")
     return {
         "pred": predictions.tolist(), "broken": broken.tolist(), "forwards": forwards + len(chunk.x),
-        "backwards": backwards, "warnings": list(warnings), "seconds": round(time.perf_counter() - began, 3),
+        "backwards": backwards, "warnings": list(warnings), "stages": stages,
+        "seconds": round(time.perf_counter() - began, 3),
     }  # fmt: skip
 
 
@@ -257,28 +253,56 @@ def verified(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, eps: float) 
     return predictions, (predictions != y) & allowed, int((~allowed).sum())
 
 
-def _assembled(task: Examination, ledger: Ledger) -> tuple[pd.DataFrame, dict[str, Any]]:
+@dataclass(frozen=True)
+class Findings:
+    """What the ledger's entries say together.
+
+    Attributes:
+        table: One row an example: index, label, clean_pred, `<attack>.pred`, `<attack>.broken`.
+        stages: For each attack in several stages, how many examples each broke first.
+        warnings: What the attacks and the outcomes give reason to doubt.
+        costs: Forwards, backwards and seconds of each attack.
+    """
+
+    table: pd.DataFrame
+    stages: dict[str, dict[str, int]]
+    warnings: tuple[str, ...]
+    costs: dict[str, dict[str, float]]
+
+
+def _findings(task: Examination, ledger: Ledger) -> Findings:
     rows = task.rows()
-    chunks = range(-(-len(rows) // task.chunk))
     columns: dict[str, Any] = {"index": rows, "label": task.data.y_test[rows].numpy()}
-    counts: dict[str, Any] = {"attacks": {}, "warnings": []}
+    stages: dict[str, dict[str, int]] = {}
+    warnings: dict[str, None] = {}
+    costs: dict[str, dict[str, float]] = {}
     for attack in ("clean", *task.protocol.attacks):
-        entries = [ledger.entries[c, attack] for c in chunks]
+        entries = [ledger.entries[c, attack] for c in range(-(-len(rows) // task.chunk))]
         predictions = np.concatenate([np.asarray(e["pred"], dtype=np.int64) for e in entries])
         if attack == "clean":
             columns["clean_pred"] = predictions
             continue
         columns[f"{attack}.pred"] = predictions
         columns[f"{attack}.broken"] = np.concatenate([np.asarray(e["broken"], dtype=bool) for e in entries])
-        counts["attacks"][attack] = {key: sum(e[key] for e in entries) for key in ("forwards", "backwards", "seconds")}
-        counts["warnings"] += dict.fromkeys(
-            f"{attack}: {w}".removeprefix(f"{attack}: {attack}: ") for e in entries for w in e["warnings"]
-        )
-    return pd.DataFrame(columns), counts
+        costs[attack] = {key: sum(e[key] for e in entries) for key in ("forwards", "backwards", "seconds")}
+        warnings |= dict.fromkeys(f"{attack}: {w}" for e in entries for w in e["warnings"])
+        if entries[0]["stages"]:
+            stages[attack] = {stage: sum(e["stages"][stage] for e in entries) for stage in entries[0]["stages"]}
+    table = pd.DataFrame(columns)
+    doubts = [*warnings, *_black_box(stages, len(rows)), *_collapse(table, task.data.classes)]
+    return Findings(table, stages, tuple(doubts), costs)
 
 
-def _doubts(table: pd.DataFrame, classes: int) -> list[str]:
-    """What the outcomes themselves give away."""
+def _black_box(stages: dict[str, dict[str, int]], n: int) -> list[str]:
+    """Square, which sees no gradient, breaking what gradients left standing: AutoAttack's own sign of masking."""
+    more = {attack: broke["square"] for attack, broke in stages.items() if broke.get("square", 0) > 0.002 * n}
+    return [
+        f"{attack}: Square broke {k} of {n} that white-box attacks left: gradients may be masked"
+        for attack, k in more.items()
+    ]
+
+
+def _collapse(table: pd.DataFrame, classes: int) -> list[str]:
     share = table["clean_pred"].value_counts(normalize=True).iloc[0]
     real = table["label"].value_counts(normalize=True).iloc[0]
     if len(table) >= 10 * classes and share > 0.99 and real < 0.9:
@@ -286,12 +310,12 @@ def _doubts(table: pd.DataFrame, classes: int) -> list[str]:
     return []
 
 
-def _run(device: torch.device | str, seconds: float, counts: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
+def _run(device: torch.device | str, seconds: float, found: Findings, ledger: Ledger) -> dict[str, Any]:
     kind = torch.device(device)
     name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else platform.processor() or platform.machine()
     packages = ("torch", "numpy", "pyautoattack")
     return {
         "fatbench": __version__, "python": platform.python_version(), **{p: version(p) for p in packages},
         "device": f"{kind.type} ({name})", "threads": torch.get_num_threads(), "precision": "float32, TF32 off",
-        "seconds": round(seconds, 3), "resumed_steps": ledger.resumed, "attacks": counts["attacks"],
+        "seconds": round(seconds, 3), "resumed_steps": ledger.resumed, "attacks": found.costs,
     }  # fmt: skip

@@ -26,12 +26,14 @@ class Attacked(NamedTuple):
         x_adv: (N, C, H, W) its best examples, in input order; the clean image where it found none.
         forwards, backwards: Examples passed through the network, example gradients taken.
         warnings: What it noticed, one line each.
+        stages: Of an attack in several stages, how many examples each broke that the former left standing.
     """
 
     x_adv: Tensor
     forwards: int
     backwards: int
     warnings: tuple[str, ...] = ()
+    stages: dict[str, int] = {}
 
 
 @dataclass

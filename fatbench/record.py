@@ -68,6 +68,7 @@ class Result(Strict):
     chunk: int = Field(ge=1, description="examples attacked together; equal bits need equal chunks")
     correct: dict[str, int] = Field(description="examples still classified rightly: clean, each attack, worst")
     accuracies: dict[str, float] = Field(description="correct / n")
+    stages: dict[str, dict[str, int]] = Field(description="examples that each stage of an attack broke first")
     outcomes: str = Field(description="sha256 of the per-example columns")
     warnings: tuple[str, ...] = Field(description="reasons for doubt, one line each")
 

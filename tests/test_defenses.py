@@ -186,6 +186,14 @@ def test_the_rival_of_mart_is_never_the_label_itself() -> None:
     assert one.loss(nn.Identity(), sure, sure, y, START).item() == pytest.approx(0, abs=1e-3)
 
 
+@pytest.mark.parametrize("name", ["trades", "mart", "fat-trades", "fat-mart"])
+def test_the_gradient_stays_finite_where_a_probability_underflows(name: str) -> None:
+    nat, adv = torch.tensor([[300.0, 0.0, -300.0]] * 2), torch.tensor([[-300.0, 0.0, 300.0], [300.0, 0.0, -300.0]])
+    pair = nat.requires_grad_(), adv.requires_grad_()
+    loss = made(name).loss(nn.Identity(), *pair, torch.tensor([0, 0]), START)
+    assert all(torch.isfinite(grad).all() for grad in (loss, *torch.autograd.grad(loss, pair)))
+
+
 # ------------------------------------------------------------------------------------ the margin of C&W
 
 
@@ -210,9 +218,9 @@ def test_the_margin_of_cw_takes_the_label_out_where_every_logit_is_negative(gold
 
 
 def test_the_margin_of_cw_is_flat_only_where_the_wrong_class_leads_by_more_than_kappa() -> None:
-    leads = torch.tensor([-60.0, -50.5, -49.5, 0.0, 60.0], dtype=torch.float64)
-    rival, least = torch.full_like(leads, -100), torch.full_like(leads, -200)
-    z = torch.stack([leads - 100, rival, least], dim=1).requires_grad_()
+    margins = torch.tensor([-60.0, -50.5, -49.5, 0.0, 60.0], dtype=torch.float64)
+    rival, least = torch.full_like(margins, -100), torch.full_like(margins, -200)
+    z = torch.stack([margins - 100, rival, least], dim=1).requires_grad_()
     (grad,) = torch.autograd.grad(evaluations["cw-inf"]().objective()(z, torch.zeros(5).long()).sum(), z)
     assert grad.abs().sum(1).bool().tolist() == [False, False, True, True, True]
     assert grad[2:].tolist() == [[-1.0, 1.0, 0.0]] * 3

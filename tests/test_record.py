@@ -53,7 +53,7 @@ def said(table: pd.DataFrame | None = None, **run: Any) -> dict[str, Any]:
         "result": {
             "network": network, "data": data, "norm": "linf", "eps": "0.3", "eps_value": 0.3, "seed": 0, "chunk": 250,
             "correct": correct, "accuracies": {name: right / N for name, right in correct.items()},
-            "outcomes": record.outcomes_hash(table), "warnings": ["a doubt"],
+            "stages": {"autoattack": {"square": 1}}, "outcomes": record.outcomes_hash(table), "warnings": ["a doubt"],
         },
         "run": {"device": "cpu", "seconds": 1.5, **run},
     }  # fmt: skip
@@ -176,6 +176,7 @@ TAMPERINGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "weights": (lambda t: t["result"]["network"].update(fingerprint="0" * 64), NOT_THE_HASH),
     "setting": (lambda t: t["result"]["network"]["settings"].update(lr=0.2), NOT_THE_HASH),
     "warning": (lambda t: t["result"].update(warnings=[]), NOT_THE_HASH),
+    "stage": (lambda t: t["result"]["stages"].clear(), NOT_THE_HASH),
     "rule": (lambda t: t["result"]["data"].update(rule="best"), "data.rule: "),
     "id": (lambda t: t.update(id="fat-digits-2"), NOT_THE_HASH),
     "hash": (lambda t: t.update(hash="0" * 64), NOT_THE_HASH),
