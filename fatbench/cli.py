@@ -328,6 +328,8 @@ def _show_record(record: Any) -> None:
     )
     if not result.correct:
         typer.echo(f"  {result.network.status}: no number")
+    if result.collapsed:
+        typer.echo("  collapsed: no better on clean examples than always giving one answer; a table shows it as failed")
     for attack, right in result.correct.items():
         low, high = wilson(right, result.data.n)
         typer.echo(f"  {attack:<12} {100 * right / result.data.n:6.2f} %  [{100 * low:.2f}, {100 * high:.2f}]")

@@ -30,6 +30,7 @@ from fatbench.files import append_line, digest, disk, locked, read_lines, write_
 from fatbench.protocol import Protocol
 from fatbench.quantities import number
 from fatbench.record import Record, count, outcomes_hash, read, write
+from fatbench.stats import wilson
 
 # How far outside the ball float32 may put an honest example: two units in the last place at 1.0.
 TOLERANCE = 2.0**-22
@@ -140,7 +141,7 @@ def _said(ident: str, plan: dict[str, Any], found: Findings | None, run: dict[st
     result = {
         **settled, "correct": right, "accuracies": {name: k / plan["data"]["n"] for name, k in right.items()},
         "stages": found.stages if found else {}, "outcomes": outcomes_hash(found.table) if found else "",
-        "warnings": found.warnings if found else (),
+        "collapsed": collapsed(found.table) if found else False, "warnings": found.warnings if found else (),
     }  # fmt: skip
     return {"id": ident, "protocol": plan["protocol"], "result": result, "run": run}
 
@@ -260,7 +261,7 @@ class Findings:
     Attributes:
         table: One row an example: index, label, clean_pred, `<attack>.pred`, `<attack>.broken`.
         stages: For each attack in several stages, how many examples each broke first.
-        warnings: What the attacks and the outcomes give reason to doubt.
+        warnings: Reasons for doubt.
         costs: Forwards, backwards and seconds of each attack.
     """
 
@@ -289,8 +290,7 @@ def _findings(task: Examination, ledger: Ledger) -> Findings:
         if entries[0]["stages"]:
             stages[attack] = {stage: sum(e["stages"][stage] for e in entries) for stage in entries[0]["stages"]}
     table = pd.DataFrame(columns)
-    doubts = [*warnings, *_black_box(stages, len(rows)), *_collapse(table, task.data.classes)]
-    return Findings(table, stages, tuple(doubts), costs)
+    return Findings(table, stages, (*warnings, *_black_box(stages, len(rows))), costs)
 
 
 def _black_box(stages: dict[str, dict[str, int]], n: int) -> list[str]:
@@ -302,12 +302,15 @@ def _black_box(stages: dict[str, dict[str, int]], n: int) -> list[str]:
     ]
 
 
-def _collapse(table: pd.DataFrame, classes: int) -> list[str]:
-    share = table["clean_pred"].value_counts(normalize=True).iloc[0]
-    real = table["label"].value_counts(normalize=True).iloc[0]
-    if len(table) >= 10 * classes and share > 0.99 and real < 0.9:
-        return [f"collapsed: one class is predicted for {share:.0%} of the clean examples"]
-    return []
+def collapsed(table: pd.DataFrame) -> bool:
+    """Whether the network is no better, on clean examples, than always giving one answer: no defense, whatever stands.
+
+    A constant answer is right for the examples of its class under every attack, and would rank by that.
+    """
+    right, n = int((table["clean_pred"] == table["label"]).sum()), len(table)
+    commonest = table["label"].value_counts().iloc[0] / n
+    one_answer = table["clean_pred"].value_counts().iloc[0] / n > 0.99
+    return bool(n >= 50 and commonest < 0.9 and (one_answer or wilson(right, n)[0] <= commonest))
 
 
 def _run(device: torch.device | str, seconds: float, found: Findings, ledger: Ledger) -> dict[str, Any]:

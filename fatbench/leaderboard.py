@@ -24,8 +24,6 @@ ORDER = ("fgsm", "pgd-20", "pgd-100", "cw-inf", "autoattack")
 TITLES = {
     "clean": "natural", "fgsm": "FGSM", "cw-inf": "C&W-inf", "autoattack": "AutoAttack", "worst": "worst case",
 }  # fmt: skip
-# WRN-32-10 as FAT's code has it and WRN-34-10 are one network: same logits from the same weights.
-FAMILIES = {"wrn-32-10": "wrn-34-10"}
 
 
 def gather(folder: Path) -> list[Record]:
@@ -69,9 +67,7 @@ def _line(record: Record) -> dict[str, Any]:
         "epochs": network.epochs,
         "selection": network.selection or "",
         "seed": network.seed,
-        "status": network.status
-        if network.status != "unfinished"
-        else f"unfinished ({network.epoch}/{network.epochs})",
+        "status": _status(record),
         "n": result.data.n,
         "rule": result.data.rule,
         # One contestant: the same settings but for the seed, examined on the same samples in the same way.
@@ -88,6 +84,14 @@ def _line(record: Record) -> dict[str, Any]:
         "correct": result.correct,
         "warnings": result.warnings,
     }
+
+
+def _status(record: Record) -> str:
+    """`done`, or why a network has no place on the table."""
+    network = record.result.network
+    if network.status == "unfinished":
+        return f"unfinished ({network.epoch}/{network.epochs})"
+    return "failed: collapsed to one answer" if record.result.collapsed else network.status
 
 
 def attacks_of(lines: pd.DataFrame) -> list[str]:

@@ -70,6 +70,7 @@ class Result(Strict):
     accuracies: dict[str, float] = Field(description="correct / n")
     stages: dict[str, dict[str, int]] = Field(description="examples that each stage of an attack broke first")
     outcomes: str = Field(description="sha256 of the per-example columns")
+    collapsed: bool = Field(description="no better on clean examples than always giving one answer; never ranked")
     warnings: tuple[str, ...] = Field(description="reasons for doubt, one line each")
 
     @model_validator(mode="after")
