@@ -1,8 +1,8 @@
 """FAT's early-stopped PGD written as its description reads: a Python loop over the samples, gradients of everything.
 
-Made for comparison only, from the published description: each iteration predicts the active samples, walks over them one
-by one, collects those that are finished, takes loss.backward() through input and parameters of the whole active set, and
-carries on with the rest. Outputs come grouped by the iteration in which they stopped.
+Made for comparison only, from the published description: each iteration predicts the active samples, walks over them
+one by one, collects those that are finished, takes loss.backward() through input and parameters of the whole active
+set, and carries on with the rest. Outputs come grouped by the iteration in which they stopped.
 """
 
 from __future__ import annotations

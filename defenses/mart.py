@@ -31,7 +31,7 @@ class Mart(Defense):
             adversarial, clean = model(x_adv), model(x)
         p, p_adv = clean.softmax(dim=1), adversarial.softmax(dim=1)
         # The most probable class other than y. No detach anywhere: the gradient flows through the weight too.
-        wrong = p_adv.masked_fill(F.one_hot(y, p_adv.shape[1]).bool(), -1.0).amax(dim=1)
+        wrong = p_adv.masked_fill(F.one_hot(y, p_adv.shape[1]).bool(), -1.0).max(dim=1).values
         bce = F.cross_entropy(adversarial, y) - torch.log(1.0001 - wrong + 1e-12).mean()  # mart.py:42-56
         divergence = (p * (clean.log_softmax(dim=1) - torch.log(p_adv + 1e-12))).sum(dim=1)
         weight = 1.0000001 - p.gather(1, y[:, None]).squeeze(1)

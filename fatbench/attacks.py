@@ -70,7 +70,7 @@ def _cw_margin(logits: Tensor, y: Tensor, kappa: float = 50.0) -> Tensor:
     true = F.one_hot(y, logits.shape[1]).to(logits.dtype)
     real = (true * logits).sum(dim=1)
     # -1e4 takes the true class out of the maximum even where every other logit is negative.
-    other = (logits - 1e4 * true).amax(dim=1)
+    other = (logits - 1e4 * true).max(dim=1).values  # among equals the gradient goes to one, as in the code
     return -(real - other + kappa).clamp(min=0)
 
 

@@ -5,17 +5,21 @@ A pickle is only ever read by torch.load(weights_only=True), which builds tensor
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
 import pickle
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 from fatbench import models
 from fatbench.errors import Refused, first_line
 from fatbench.files import canonical, read_json, write_atomic
+from fatbench.protocol import told
 
 SCHEMA = 1
 State = dict[str, Tensor]
@@ -47,15 +52,23 @@ class Subject:
 def save(path: Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
     """Writes the inner network's weights and the metadata, in one step."""
     state = {key: value.detach().cpu().contiguous() for key, value in models.inner(model).state_dict().items()}
-    header = {"fatbench": canonical({"schema": SCHEMA, **meta})}
-    write_atomic(path, lambda to: save_file(state, to, metadata=header))
+    _write(path, state, {"schema": SCHEMA, **meta})
+
+
+def _write(path: Path, state: State, meta: Mapping[str, Any]) -> None:
+    def write(to: Path) -> None:
+        try:
+            save_file(state, to, metadata={"fatbench": canonical(meta)})
+        except SafetensorError as error:  # how safetensors passes on what the disk said
+            raise OSError(errno.EIO, first_line(error)) from error
+
+    write_atomic(path, write)
 
 
 def relabel(path: Path, **meta: Any) -> None:
     """Changes metadata of one of our checkpoints, its weights untouched."""
     state, said = _read(path)
-    header = {"fatbench": canonical({**said, **meta})}
-    write_atomic(path, lambda to: save_file(state, to, metadata=header))
+    _write(path, state, {**said, **meta})
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -106,18 +119,33 @@ def load(
         raise Refused(f"no checkpoint at {source}")
     state, meta = _read(source)
     if meta and not factory:
+        _agrees(source, meta, arch, mean, std)
         arch, mean, std = meta["arch"], meta["mean"], meta["std"]
         network = models.build(meta["arch"], meta["classes"], meta["channels"], meta["size"])
     elif factory:
         network = _made_by(factory)
     else:
-        arch = (arch or _recognised(state, size, source)).replace("_", "-")
-        classes, channels = _ends(state, source)
-        network = models.build(arch, classes, channels, size)
-    _fill(network, state, source, arch or factory or "")
-    model = models.Normalised(network, mean, std) if mean and std else network
-    described = meta or {"arch": arch or factory, "mean": mean, "std": std}
-    return Subject(model.eval(), described, fingerprint(model))
+        arch, network = _recognised(state, arch, size, source)
+    _fill(network, state, source, factory or str(arch))
+    if mean and std:
+        channels = next((value.shape[1] for value in network.state_dict().values() if value.ndim == 4), len(mean))
+        if len(mean) != channels:
+            raise Refused(f"--mean has {len(mean)} numbers, and the network in {source} takes {channels} channels")
+        network = models.Normalised(network, mean, std)
+    described = meta or {"arch": factory or arch, "mean": mean, "std": std}
+    return Subject(network.eval(), described, fingerprint(network))
+
+
+def _agrees(
+    path: Path, meta: dict[str, Any], arch: str | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> None:
+    """Our own checkpoints say what they are; nobody is let to say otherwise and not be heard."""
+    if arch and arch.replace("_", "-") != meta["arch"]:
+        raise Refused(f"{path} holds a {meta['arch']}, not a {arch}: leave --arch out")
+    if mean and std and [list(mean), list(std)] != [meta["mean"], meta["std"]]:
+        raise Refused(
+            f"{path} carries its own normalisation ({meta['mean']}, {meta['std']}): leave --mean and --std out"
+        )
 
 
 def _of_run(folder: Path) -> Path:
@@ -129,7 +157,9 @@ def _of_run(folder: Path) -> Path:
             f"or name {folder / 'last.safetensors'}, whose row will say so"
         )
     mark = read_json(folder / "done", "end-of-run mark")
-    if mark.get("status") != "done":
+    if not isinstance(mark, dict) or mark.get("status") not in ("done", "failed"):
+        raise Refused(f"{folder / 'done'} is no end-of-run mark: begin the run again with --force")
+    if mark["status"] == "failed":
         # A failed run is examined from what it last saved; its record carries the failure and no number.
         return folder / "failed.safetensors"
     return folder / "last.safetensors"
@@ -139,7 +169,7 @@ def _read(path: Path) -> tuple[State, dict[str, Any]]:
     head = path.read_bytes()[:512]
     if not head:
         raise Refused(f"{path} is empty: copy or download it again")
-    if head.lstrip()[:1] == b"<" or b"<html" in head.lower():
+    if re.match(rb"(\xef\xbb\xbf)?\s*<[!?a-zA-Z]", head):
         raise Refused(f"{path} is a web page, not weights (a download page saved under that name?): download it again")
     if head.startswith(b"version https://git-lfs"):
         raise Refused(f"{path} is a Git LFS pointer, not weights: run git lfs pull where it came from")
@@ -161,11 +191,25 @@ def _read_safetensors(path: Path) -> tuple[State, dict[str, Any]]:
             raise Refused(
                 f"{path} has checkpoint schema {meta['schema']}, this fatbench reads {SCHEMA}: update fatbench"
             )
-        for key in ("arch", "classes", "channels", "size", "mean", "std"):
-            meta[key]
+        Described.model_validate({key: meta[key] for key in Described.model_fields})
+    except ValidationError as error:
+        raise Refused(f"{path} has broken fatbench metadata: {told(error)}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise Refused(f"{path} has broken fatbench metadata: {type(error).__name__} {first_line(error)}") from None
     return state, meta
+
+
+class Described(BaseModel):
+    """What our own metadata must say of a network for it to be built again."""
+
+    model_config = ConfigDict(strict=True)
+
+    arch: str
+    classes: int = Field(ge=2)
+    channels: int = Field(ge=1)
+    size: int = Field(ge=1)
+    mean: list[float] | None
+    std: list[float] | None
 
 
 def _read_pickle(path: Path) -> State:
@@ -177,7 +221,7 @@ def _read_pickle(path: Path) -> State:
                 f"{path} holds pickled code or is no checkpoint, and is not opened: save model.state_dict()"
             ) from None
         raise Refused(f"{path} is corrupt: {first_line(error)}; copy it again") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except Exception as error:  # a damaged file makes torch raise almost anything
         raise Refused(f"{path} is truncated, corrupt or no checkpoint: {first_line(error)}; copy it again") from None
     return _unwrapped(found, path)
 
@@ -189,30 +233,38 @@ def _unwrapped(found: Any, path: Path) -> State:
             found = found[key]
     if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
         raise Refused(f"{path} holds no state_dict: save model.state_dict() and give that")
-    state = {str(key): value for key, value in found.items()}
-    for prefix in ("module.", "model.", "module."):
-        if all(key.startswith(prefix) for key in state):
+    return {str(key): value for key, value in found.items()}
+
+
+def _variants(state: State) -> Iterator[State]:
+    """The state as it is, and without the prefixes that wrappers leave on every key."""
+    yield state
+    for prefix in ("module.", "model.", "module.", "net."):
+        if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+            yield state
 
 
-def _ends(state: State, path: Path) -> tuple[int, int]:
-    """(classes, channels) as the last and the first layer have them."""
-    matrices = [value for value in state.values() if value.ndim == 2]
-    kernels = [value for value in state.values() if value.ndim == 4]
-    if not matrices or not kernels:
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items()}
+
+
+def _recognised(state: State, arch: str | None, size: int, path: Path) -> tuple[str, nn.Module]:
+    """The network that these weights are of, freshly built: `arch`, or the one whose keys and shapes are theirs."""
+    rows = [value.shape[0] for value in state.values() if value.ndim == 2]
+    channels = [value.shape[1] for value in state.values() if value.ndim == 4]
+    if not rows or not channels:
         raise Refused(f"{path} holds no convolution and linear layer: give the network with --model file.py:factory")
-    return matrices[-1].shape[0], kernels[0].shape[1]
-
-
-def _recognised(state: State, size: int, path: Path) -> str:
-    classes, channels = _ends(state, path)
-    shapes = {key: value.shape for key, value in state.items()}
-    for name in models.ARCHITECTURES:
+    # No network here has fewer channels anywhere than in its image; its classes are the rows of one of its matrices.
+    names = [arch.replace("_", "-")] if arch else list(models.ARCHITECTURES)
+    theirs = [_shapes(variant) for variant in _variants(state)]
+    for name, classes in product(names, dict.fromkeys(reversed(rows))):
         with torch.device("meta"):
-            candidate = models.build(name, classes, channels, max(size, 8)).state_dict()
-        if {key: value.shape for key, value in candidate.items()} == shapes:
-            return name
+            candidate = _shapes(models.build(name, classes, min(channels), max(size, 8)).state_dict())
+        if candidate in theirs:
+            return name, models.build(name, classes, min(channels), max(size, 8))
+    if arch:
+        return names[0], models.build(names[0], rows[-1], min(channels), max(size, 8))
     raise Refused(
         f"{path}: its {len(state)} tensors fit none of {', '.join(models.ARCHITECTURES)}: give --arch, or the network "
         "with --model file.py:factory"
@@ -242,6 +294,7 @@ def _made_by(factory: str) -> nn.Module:
 def _fill(network: nn.Module, state: State, path: Path, what: str) -> None:
     """Loads weights, every key and shape or not at all."""
     own = network.state_dict()
+    state = next((variant for variant in _variants(state) if variant.keys() == own.keys()), list(_variants(state))[-1])
     lacking, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shaped = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if lacking or extra or shaped:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,7 +63,7 @@ class Data:
 
 
 def balanced_order(y: np.ndarray, *key: object) -> np.ndarray:
-    """(N,) an order of the examples of which every beginning is class-balanced to within one example a class."""
+    """(N,) an order of the examples in which each class comes at even intervals: every beginning is class-balanced."""
     order = shuffled(len(y), *key)
     place = np.empty(len(y))
     for label in np.unique(y):
@@ -84,10 +83,9 @@ def load(name: str, folder: Path | None = None) -> Data:
         Refused: unknown name, missing or broken file, labels out of range, images outside [0, 1] or not finite.
     """
     info = described(name)
-    if info.name == "digits":
-        return _checked(info, *_digits(), classes=info.classes)
-    if info.torchvision:
-        return _checked(info, *_torchvision(info, folder or data_folder()), classes=info.classes)
+    if info.shape:
+        parts = _torchvision(info, folder or data_folder()) if info.torchvision else _digits()
+        return _checked(info, *parts, classes=info.classes)
     return _checked(info, *(_images(Path(name)) if Path(name).is_dir() else _npz(Path(name))))
 
 
@@ -136,11 +134,12 @@ def _npz(path: Path) -> Arrays:
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in names if name not in file.files]
-            if missing:
-                raise Refused(f"{path} lacks {', '.join(missing)}: it must hold {', '.join(names)}")
-            return tuple(file[name] for name in names)
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+            parts = None if missing else tuple(file[name] for name in names)
+    except Exception as error:  # a damaged zip makes numpy raise almost anything
         raise Refused(f"{path} is not a readable .npz of plain arrays: {first_line(error)}") from None
+    if parts is None:
+        raise Refused(f"{path} lacks {', '.join(missing)}: it must hold {', '.join(names)}")
+    return parts
 
 
 def _images(path: Path) -> Arrays:
@@ -150,8 +149,8 @@ def _images(path: Path) -> Arrays:
     parts: list[Any] = []
     for split in ("train", "test"):
         try:
-            images = ImageFolder(str(path / split))
-            arrays = [np.asarray(image if image.mode == "L" else image.convert("RGB")) for image, _ in images]
+            images = ImageFolder(str(path / split), loader=_opened)
+            arrays = [array for array, _ in images]
         except (OSError, ValueError, SyntaxError) as error:
             raise Refused(f"{path / split} is not a folder of images per class: {first_line(error)}") from None
         shapes = sorted({array.shape for array in arrays})
@@ -166,6 +165,14 @@ def _images(path: Path) -> Arrays:
     return tuple(parts)
 
 
+def _opened(path: str) -> np.ndarray:
+    """An image as (H, W) where it is grey, as (H, W, 3) where it is not."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+
+
 # ------------------------------------------------------------------------------------------------ checks
 
 
@@ -173,18 +180,20 @@ def _checked(info: Dataset, x_train: Any, y_train: Any, x_test: Any, y_test: Any
     train, test = _pixels(x_train, f"{info.name} x_train"), _pixels(x_test, f"{info.name} x_test")
     if train.shape[1:] != test.shape[1:]:
         raise Refused(f"{info.name}: training images are {tuple(train.shape[1:])}, test images {tuple(test.shape[1:])}")
-    top = max(int(np.asarray(y).max()) for y in (y_train, y_test) if np.asarray(y).size) if not classes else classes - 1
     labels = [
-        _labels(y, len(x), top, f"{info.name} {split}")
+        _labels(y, len(x), classes, f"{info.name} {split}")
         for y, x, split in ((y_train, train, "y_train"), (y_test, test, "y_test"))
     ]
     present = torch.unique(labels[0]).tolist()
-    if not classes and present != list(range(top + 1)):
-        lacking = sorted(set(range(top + 1)) - set(present))[:5]
-        raise Refused(f"{info.name}: labels go up to {top}, and y_train lacks {lacking}: labels must be 0..classes-1")
-    if top < 1:
+    known = classes or len(present)
+    if not classes and present != list(range(known)):
+        lacking = next(label for label in range(known) if label not in present)
+        raise Refused(f"{info.name}: y_train goes up to {present[-1]} and lacks {lacking}: labels must be 0..classes-1")
+    if not classes and int(labels[1].max()) >= known:
+        raise Refused(f"{info.name} y_test holds {int(labels[1].max())}: y_train has labels in 0..{known - 1} only")
+    if known < 2:
         raise Refused(f"{info.name}: one class only; a classifier needs two")
-    return Data(info, train, labels[0], test, labels[1], top + 1)
+    return Data(info, train, labels[0], test, labels[1], known)
 
 
 def _pixels(array: Any, what: str) -> Tensor:
@@ -217,14 +226,16 @@ def _pixels(array: Any, what: str) -> Tensor:
     return images
 
 
-def _labels(array: Any, n: int, top: int, what: str) -> Tensor:
+def _labels(array: Any, n: int, classes: int, what: str) -> Tensor:
+    """Integers (N,), not negative, below `classes` where that is known."""
     array = np.asarray(array)
     if array.shape == (n, 1):
         array = array[:, 0]
     if array.shape != (n,) or array.dtype.kind not in "iu":
         raise Refused(f"{what} is {array.dtype} {array.shape}: labels must be integers, one for each of the {n} images")
-    if array.min() < 0 or array.max() > top:
-        raise Refused(f"{what} holds {array.min()}..{array.max()}: labels must lie in 0..{top}")
+    if array.min() < 0 or array.max() >= (classes or 2**31):
+        most = classes - 1 if classes else "classes-1"
+        raise Refused(f"{what} holds labels {array.min()}..{array.max()}: they must lie in 0..{most}")
     return torch.from_numpy(array.astype(np.int64))
 
 

@@ -7,6 +7,7 @@ as they come, and an examination that was killed goes on from there to the same 
 from __future__ import annotations
 
 import platform
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +25,9 @@ from fatbench import __version__, console
 from fatbench.attacks import crafting
 from fatbench.checkpoint import Subject
 from fatbench.data import Data, balanced_order
-from fatbench.errors import Refused
+from fatbench.errors import Refused, first_line
 from fatbench.evaluation import Attacked, Chunk, Evaluation, examiner
-from fatbench.files import append_line, digest, disk, locked, read_lines, write_text
+from fatbench.files import append_line, canonical, digest, disk, locked, read_lines, write_text
 from fatbench.protocol import Protocol
 from fatbench.quantities import number
 from fatbench.record import Record, count, outcomes_hash, read, write
@@ -105,10 +106,13 @@ def evaluate(task: Examination, out: Path, *, device: torch.device | str = "cpu"
     """
     plan = task.plan()
     name = plan["network"]["defense"] or Path(str(plan["network"]["arch"]).partition(":")[0]).stem
-    ident = f"{name}-{task.data.info.name}-{task.protocol.name}-{digest(plan)[:12]}".replace("/", "-").replace(" ", "-")
-    finished = out / f"{ident}.json"
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-{task.data.info.name}-{task.protocol.name}").lstrip("-._")
+    ident = f"{readable}-{digest(plan)[:12]}"
+    finished, partial = out / f"{ident}.json", out / f"{ident}.partial.jsonl"
     if finished.exists():
-        return _same(finished, plan)
+        record = _same(finished, plan)
+        partial.unlink(missing_ok=True)  # of a kill between the record and the clearing away
+        return record
     if plan["network"]["status"].startswith("failed"):
         return write(out, _said(ident, plan, None, {}), None)
     model = task.subject.model.to(device, torch.float32)
@@ -116,22 +120,14 @@ def evaluate(task: Examination, out: Path, *, device: torch.device | str = "cpu"
     with disk(out):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out / f".{ident}.lock", f"on {finished}"):
-        return _go_on(task, plan, ident, model, out, device)
-
-
-def _go_on(
-    task: Examination, plan: dict[str, Any], ident: str, model: nn.Module, out: Path, device: torch.device | str
-) -> Record:
-    """Does what is left to do, and writes the record."""
-    ledger = Ledger(out / f"{ident}.partial.jsonl", digest(plan))
-    began = time.perf_counter()
-    with _exact(), crafting(model):
-        _examine(task, model, ledger, device)
-    found = _findings(task, ledger)
-    run = _run(device, time.perf_counter() - began, found, ledger)
-    record = write(out, _said(ident, plan, found, run), found.table)
-    ledger.path.unlink()
-    return record
+        ledger, began = Ledger(partial, digest(plan)), time.perf_counter()
+        with _exact(), crafting(model):
+            _examine(task, model, ledger, device)
+        found = _findings(task, ledger)
+        run = _run(device, time.perf_counter() - began, found, ledger)
+        record = write(out, _said(ident, plan, found, run), found.table)
+        partial.unlink()
+        return record
 
 
 def _said(ident: str, plan: dict[str, Any], found: Findings | None, run: dict[str, Any]) -> dict[str, Any]:
@@ -160,9 +156,14 @@ def _fits(model: nn.Module, loaded: Data, device: torch.device | str) -> None:
     try:
         with torch.no_grad():
             logits = model(loaded.x_test[:1].to(device))
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise Refused(f"the network cannot take {loaded.info.name}'s images {loaded.shape}: {reason}") from None
+    except Exception as error:  # the network may be anybody's code
+        raise Refused(
+            f"the network cannot take {loaded.info.name}'s images {loaded.shape}: {first_line(error)}"
+        ) from None
+    if not isinstance(logits, Tensor):
+        raise Refused(
+            f"the network answers {loaded.info.name}'s images with a {type(logits).__name__}, not with logits"
+        )
     if logits.ndim != 2 or logits.shape[1] != loaded.classes:
         answers = " x ".join(map(str, logits.shape[1:]))
         raise Refused(f"the network answers with {answers} classes, {loaded.info.name} has {loaded.classes}")
@@ -192,9 +193,8 @@ class Ledger:
             raise Refused(f"{path} belongs to another examination: choose another --out, or remove it")
         self.entries: dict[tuple[int, str], dict[str, Any]] = {(e["chunk"], e["attack"]): e for e in lines[1:]}
         self.resumed = len(self.entries)
-        # Also where a kill cut a line off: what can be read is what was done.
-        kept = "".join(f"{line}\n" for line in path.read_text("utf-8").split("\n")[: len(lines)]) if lines else ""
-        write_text(path, kept or f'{{"plan": "{plan}"}}\n')
+        # Where a kill cut a line off, what can be read is what was done.
+        write_text(path, "".join(canonical(line) + "\n" for line in (lines or [{"plan": plan}])))
 
     def add(self, entry: dict[str, Any]) -> None:
         append_line(self.path, entry)

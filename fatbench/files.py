@@ -84,11 +84,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_line(path: Path, value: Any) -> None:
     """Adds one JSON line and sees it on the disk; a line that did not fit is taken back."""
-    with disk(path), path.open("ab") as log:
+    line = (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    # Unbuffered: what a failed write leaves in a buffer would be written after all when the file is closed.
+    with disk(path), path.open("ab", buffering=0) as log:
         end = log.tell()
         try:
-            log.write((json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode())
-            log.flush()
+            while line:  # a full disk takes a part, and says why at the next
+                line = line[log.write(line) :]
             os.fsync(log.fileno())
         except OSError:
             os.truncate(path, end)
@@ -101,7 +103,7 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refused(f"no {what} at {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{path} is no {what}: {first_line(error)}") from None
 
 

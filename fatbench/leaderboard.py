@@ -7,6 +7,7 @@ the FAT paper reports. A failed or unfinished run has a row and no number.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,12 @@ def _line(record: Record) -> dict[str, Any]:
     return {
         "id": record.id,
         "dataset": result.data.name,
+        "data": result.data.fingerprint,
+        "fingerprint": network.fingerprint,
         "norm": result.norm,
         "eps": result.eps,
         "eps_class": eps_class(result.eps),
-        "protocol": f"{record.protocol['name']} v{record.protocol['version']}",
+        "protocol": f"{record.protocol.name} v{record.protocol.version}",
         "defense": network.defense or network.arch,
         "arch": network.arch,
         "eps_train": network.eps_train or "",
@@ -78,7 +81,7 @@ def _line(record: Record) -> dict[str, Any]:
                 result.data.model_dump(mode="json"),
                 result.eps,
                 result.seed,
-                record.protocol,
+                record.protocol.model_dump(mode="json"),
             ]
         ),
         "correct": result.correct,
@@ -120,6 +123,7 @@ def rows(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def _row(group: pd.DataFrame, attacks: list[str]) -> dict[str, Any]:
+    group = group.drop_duplicates("fingerprint")  # one network examined twice is one seed
     first = group.iloc[0]
     good = group[group["status"] == "done"]
     status = "; ".join(dict.fromkeys(group["status"]) if good.empty else ["done"])
@@ -199,9 +203,14 @@ def notes(table: pd.DataFrame) -> list[str]:
     return [how + ".", *(f"[{i}] {warning}" for i, warning in enumerate(doubts, start=1))]
 
 
-def slug(key: tuple[str, ...]) -> str:
-    """A table's file name."""
-    return "-".join(part.replace("/", "_").replace(" ", "-") for part in key)
+def slug(key: tuple[str, ...], others: Iterable[tuple[str, ...]] = ()) -> str:
+    """A table's file name; where another table's would be the same, with a hash of the whole title."""
+    plain = _plain(key)
+    return f"{plain}-{digest(key)[:6]}" if sum(_plain(other) == plain for other in others) > 1 else plain
+
+
+def _plain(key: tuple[str, ...]) -> str:
+    return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_" if "/" in part else "-", part) for part in key).lower()
 
 
 GROUP = ["dataset", "norm", "eps_class", "protocol"]
@@ -209,7 +218,11 @@ GROUP = ["dataset", "norm", "eps_class", "protocol"]
 
 def tables(records: list[Record]) -> dict[tuple[str, ...], pd.DataFrame]:
     """(dataset, norm, eps class, protocol) -> its rows, in a fixed order."""
-    grouped = frame(records).groupby(GROUP, sort=True)
+    lines = frame(records)
+    # Two files of one name are two datasets.
+    versions = lines.groupby("dataset")["data"].transform("nunique")
+    lines["dataset"] = lines["dataset"].where(versions == 1, lines["dataset"] + " " + lines["data"].str[:8])
+    grouped = lines.groupby(GROUP, sort=True)
     found = {tuple(str(part) for part in key): rows(group) for key, group in grouped}
     return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1], number(item[0][2]), item[0][3])))
 
@@ -226,11 +239,14 @@ def markdown(key: tuple[str, ...], table: pd.DataFrame) -> str:
         index=False, disable_numparse=True, colalign=["right", *["left"] * (len(shown.columns) - 1)]
     )
     under = "\n".join(f"- {_escaped(note)}" for note in notes(table))
-    return f"# {heading(key)}\n\n{text}\n\n{under}\n"
+    return f"# {_escaped(heading(key))}\n\n{text}\n\n{under}\n"
+
+
+_ONE_LINE = dict.fromkeys(map(ord, "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
 
 
 def _escaped(text: str) -> str:
-    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").translate(_ONE_LINE)
 
 
 def publish(records: list[Record], out: Path) -> dict[tuple[str, ...], pd.DataFrame]:
@@ -238,9 +254,10 @@ def publish(records: list[Record], out: Path) -> dict[tuple[str, ...], pd.DataFr
     made = tables(records)
     index = ["# Leaderboards", ""]
     for key, table in made.items():
-        write_text(out / f"{slug(key)}.md", markdown(key, table))
-        write_text(out / f"{slug(key)}.csv", table.to_csv(index=False, lineterminator="\n"))
-        index.append(f"- [{heading(key)}]({slug(key)}.md), {len(table)} rows ([csv]({slug(key)}.csv))")
+        name = slug(key, made)
+        write_text(out / f"{name}.md", markdown(key, table))
+        write_text(out / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+        index.append(f"- [{_escaped(heading(key))}]({name}.md), {len(table)} rows ([csv]({name}.csv))")
     write_text(out / "index.md", "\n".join(index) + "\n")
     return made
 

@@ -58,11 +58,11 @@ def eps_class(eps: str) -> str:
     ('8/255', '8/255', '8/255', '0.3')
     """
     value = Fraction(eps)
-    for decimal, fraction in _ROUNDED.items():
-        if value in (Fraction(decimal), Fraction(fraction)):
-            return fraction
-    if "/" in eps and 255 % value.denominator == 0:
+    if 255 % value.denominator == 0 and 1000 % value.denominator:  # 51/255 is 0.2, and 8/255 no short decimal
         return f"{value * 255}/255"
+    for decimal, fraction in _ROUNDED.items():
+        if value == Fraction(decimal):
+            return fraction
     return f"{float(value):g}"
 
 

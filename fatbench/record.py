@@ -44,6 +44,15 @@ class Network(Strict):
     status: str = Field(description="done, unfinished, or failed: why; only done has a place on a table")
 
 
+class Examined(Strict):
+    """The protocol, as it was carried out."""
+
+    name: str
+    version: int
+    source: str
+    attacks: dict[str, dict[str, Any]] = Field(description="every setting of every attack, in the order they ran")
+
+
 class Samples(Strict):
     """The test examples."""
 
@@ -88,7 +97,7 @@ class Record(Strict):
 
     schema_: Literal[1] = Field(alias="schema")
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    protocol: dict[str, Any] = Field(description="name, version, source, and every attack's settings in full")
+    protocol: Examined
     result: Result
     run: dict[str, Any] = Field(description="versions, device, precision, times, forwards, backwards")
     hash: str = Field(description="sha256 of {schema, id, protocol, result}")
@@ -135,7 +144,11 @@ def read(path: Path) -> Record:
         record = Record.model_validate(read_json(path, "record"))
     except ValidationError as error:
         raise Refused(f"{path} is no record of schema {SCHEMA}: {told(error)}") from None
-    if record.hash != record.sealed():
+    try:
+        sealed = record.sealed()
+    except UnicodeError as error:
+        raise Refused(f"{path} holds text that is no Unicode: {first_line(error)}") from None
+    if record.hash != sealed:
         raise Refused(f"{path} was changed after it was written: its hash does not match; examine the network again")
     if record.result.correct:
         _agree(record, path.with_suffix(".parquet"))
@@ -154,6 +167,10 @@ def read_outcomes(path: Path) -> pd.DataFrame:
 
 def _agree(record: Record, path: Path) -> None:
     table = read_outcomes(path)
+    columns = ["index", "label", "clean_pred", *(f"{a}.{what}" for a in record.attacks for what in ("pred", "broken"))]
+    fits = list(table.columns) == columns and len(table) == record.result.data.n
+    if not fits or any(table[c].dtype.kind != ("b" if c.endswith(".broken") else "i") for c in columns):
+        raise Refused(f"{path} is not what its record was made from: {len(table)} rows of {', '.join(table.columns)}")
     if outcomes_hash(table) != record.result.outcomes:
         raise Refused(f"{path} is not what its record was made from: examine the network again")
     if count(table, record.attacks) != record.result.correct:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def test_the_walk_through_shows_the_tested_plugin_in_at_most_40_lines(root: Path
 @pytest.mark.parametrize("name", list(defenses))
 def test_a_contestant_is_a_small_file(name: str, root: Path) -> None:
     lines = (root / "defenses" / f"{name.replace('-', '_')}.py").read_text().splitlines()
-    assert len(lines) <= (90 if name == "cat" else 45)
+    assert len(lines) <= (95 if name == "cat" else 45)
 
 
 def commands(root: Path) -> list[str]:
@@ -35,15 +36,16 @@ def commands(root: Path) -> list[str]:
 
 
 def test_every_command_in_the_docs_names_what_exists(root: Path) -> None:
+    own = "smooth-fat"  # the third party's of the walk-through
     known = {
-        "train": [*defenses, "smooth-fat"], "--protocol": list(protocol.shelf()), "--dataset": list(catalogue.DATASETS),
-        "--arch": list(catalogue.NETWORKS), "--recipe": list(recipe.shelf()), "check": [*defenses, *evaluations, "smooth-fat"],
+        "train": [*defenses, own], "check": [*defenses, *evaluations, own], "--protocol": list(protocol.shelf()),
+        "--dataset": list(catalogue.DATASETS), "--arch": list(catalogue.NETWORKS), "--recipe": list(recipe.shelf()),
     }  # fmt: skip
     assert commands(root)
     for command in commands(root):
         words = command.split()
         assert words[1] in {"train", "evaluate", "leaderboard", "list", "show", "check", "demo"}, command
-        for word, value in zip(words, words[1:], strict=False):
+        for word, value in pairwise(words):
             if word in known and not value.startswith("-") and "." not in value and "/" not in value:
                 assert value in known[word], command
 

@@ -138,7 +138,7 @@ def test_a_record_says_what_was_examined_and_what_was_found(task: Examination, t
     assert result.data.fingerprint == task.data.fingerprint("test")
     assert result.network.fingerprint == task.subject.fingerprint
     assert list(result.correct) == ["clean", *QUICK.attacks, "worst"]
-    assert done.protocol["attacks"]["cw-inf"] == {
+    assert done.protocol.attacks["cw-inf"] == {
         "family": "cw-inf", "steps": 4, "step_size": "eps/4", "start": "uniform", "clamp_start": True, "restarts": 1,
         "kappa": 50.0,
     }  # fmt: skip
@@ -263,7 +263,7 @@ def test_killed_while_the_record_is_written_gives_the_same_result(when: str, tas
         patch.setattr(*((record, "write_json") if when == "between" else (harness, "write")), die)
         evaluate(task, out)
     done = evaluate(task, out)
-    assert left_behind(out, done)[:3] == whole[:3]
+    assert left_behind(out, done) == whole
     assert record.read(out / f"{done.id}.json") == done
 
 
@@ -515,16 +515,30 @@ def test_a_failed_network_gets_no_number(
     assert evaluate(failed, tmp_path) == done
 
 
-def test_a_collapsed_network_is_doubted(asking: Callable[..., Protocol], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("predictions", "labels", "collapsed"),
+    [
+        ([0] * 60, [0, 1, 2] * 20, True),
+        ([0] * 59 + [2], [0, 1, 2] * 20, True),  # right more often than one answer would be, but not to tell
+        ([0] * 30 + [2] * 30, [0] * 30 + [1] * 30, True),  # two answers, no better than one
+        ([0] * 20 + [1] * 40, [0] * 20 + [1] * 20 + [2] * 20, False),
+        ([0, 1, 2] * 20, [0, 1, 2] * 20, False),
+        ([0] * 995 + [1] * 5, [0] * 880 + [1] * 120, True),
+        ([0] * 49, [0, 1] * 24 + [0], False),  # too few to tell
+        ([0] * 60, [0] * 54 + [1] * 6, False),  # nearly all are of this class
+    ],
+)
+def test_a_network_that_is_no_better_than_one_answer_has_collapsed(
+    predictions: list[int], labels: list[int], collapsed: bool
+) -> None:
+    assert harness.collapsed(pd.DataFrame({"clean_pred": predictions, "label": labels})) is collapsed
+
+
+def test_the_record_says_whether_the_network_has_collapsed(asking: Callable[..., Protocol], tmp_path: Path) -> None:
     nothing = asking(nothing=lambda model, chunk, eps: Attacked(chunk.x, 0, 0))
-
-    def doubts(values: list[float], y: list[int]) -> tuple[str, ...]:
-        return evaluate(Examination(subject(Threshold()), grey(values, y), nothing, "0.1"), tmp_path).result.warnings
-
-    assert doubts([0.2] * 20, [0, 1] * 10) == ("collapsed: one class is predicted for 100% of the clean examples",)
-    assert doubts([0.2] * 19 + [0.8], [0, 1] * 10) == ()
-    assert doubts([0.2] * 19, [0, 1] * 9 + [0]) == ()  # too few to tell
-    assert doubts([0.2] * 20, [0] * 19 + [1]) == ()  # so are the labels
+    for values, expected in (([0.2] * 60, True), ([0.2, 0.8] * 30, False)):
+        task = Examination(subject(Threshold()), grey(values, [0, 1] * 30), nothing, "0.1")
+        assert evaluate(task, tmp_path).result.collapsed is expected
 
 
 def test_the_network_and_the_random_stream_are_left_as_they_were(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import random
 import subprocess
@@ -50,7 +51,8 @@ def put(tmp_path: Path) -> Write:
         right: dict[str, int] | None = None, *, defense: str | None = "fat", arch: str = "digits-cnn", seed: int = 0,
         eps: str = "8/255", dataset: str = "digits", protocol: str = "house", version: int = 1, n: int = N,
         status: str = "done", warnings: tuple[str, ...] = (), ident: str = "", folder: Path | None = None,
-        fields: dict[str, Any] | None = None, weights: str = "", chunk: int = 250, **network: Any,
+        fields: dict[str, Any] | None = None, weights: str = "", chunk: int = 250, collapsed: bool = False,
+        **network: Any,
     ) -> Record:  # fmt: skip
         number_ = next(made)
         right = {"clean": 50, "fgsm": 40, "pgd-20": 30} if right is None else right
@@ -70,7 +72,8 @@ def put(tmp_path: Path) -> Write:
         result = {
             "network": described, "data": data, "norm": "linf", "eps": eps, "eps_value": number(eps), "seed": 0,
             "chunk": chunk, "correct": correct, "accuracies": {name: k / n for name, k in correct.items()},
-            "stages": {}, "outcomes": "" if table is None else record.outcomes_hash(table), "warnings": warnings,
+            "stages": {}, "collapsed": collapsed, "outcomes": "" if table is None else record.outcomes_hash(table),
+            "warnings": warnings,
         }  # fmt: skip
         said = {"name": protocol, "version": version, "source": "these tests", "attacks": {}}
         told = {"id": ident or f"record-{number_:03}", "protocol": said, "result": result, "run": {}}
@@ -217,6 +220,15 @@ def test_a_failed_or_unfinished_run_has_a_row_and_no_number(
     text = (published() / f"{leaderboard.slug(DIGITS)}.md").read_text()
     assert said in text
     assert "98" not in text
+
+
+def test_a_collapsed_network_is_shown_as_failed(put: Write, tables: Any) -> None:
+    put({"clean": 50, "fgsm": 50}, defense="mart", collapsed=True)
+    put({"clean": 50, "fgsm": 40}, defense="fat")
+    shown = leaderboard.cells(tables()[DIGITS])
+    assert shown["#"].tolist() == ["1", "–"]
+    assert shown["natural"].tolist()[1] == "failed: collapsed to one answer"
+    assert shown["FGSM"].tolist()[1] == "–"
 
 
 def test_a_table_of_failures_alone_is_a_table(put: Write, tables: Any, published: Any) -> None:
@@ -451,13 +463,12 @@ def test_what_an_examination_has_under_way_is_passed_over(put: Write, tmp_path: 
 
 
 def test_a_protocol_without_a_name_is_refused(put: Write, tmp_path: Path) -> None:
-    done = put()
-    text = done.model_dump(mode="json")
-    said = {"id": done.id, "protocol": {"steps": 3}, "result": text["result"], "run": {}}
-    table = outcomes(N, {"clean": 50, "fgsm": 40, "pgd-20": 30})
-    record.write(tmp_path / "records", said, table)
-    with pytest.raises(Refused):
-        leaderboard.publish(leaderboard.gather(tmp_path / "records"), tmp_path / "board")
+    path = tmp_path / "records" / f"{put().id}.json"
+    said = json.loads(path.read_text())
+    del said["protocol"]["name"]
+    path.write_text(json.dumps(said))
+    with pytest.raises(Refused, match=r"protocol\.name: Field required"):
+        leaderboard.gather(tmp_path / "records")
 
 
 # ------------------------------------------------------------------------------------------------ the command

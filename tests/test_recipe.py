@@ -285,8 +285,9 @@ def test_a_recipe_for_another_defense_is_refused(written: Callable[..., str]) ->
     [
         ("tau=1", "tau", 1), (" tau = 1 ", "tau", 1), ("omega=0.001", "omega", 0.001), ("omega=1/1000", "omega", 0.001),
         ("tau=[['0', 0], ['1/2', 3]]", "tau", [["0", 0], ["1/2", 3]]), ("start=natural", "start", "natural"),
-        ("start='natural'", "start", "natural"), ('start="natural"', "start", "natural"),
-        ("project=false", "project", False), ("project=False", "project", False),
+        ("start = natural ", "start", "natural"), ("start='natural'", "start", "natural"),
+        ('start="natural"', "start", "natural"), ("project=false", "project", False),
+        ("project=False", "project", False),
         ("clamp_start=no", "clamp_start", False), ("clamp-start=0", "clamp_start", False),
         ("step_size=2/255", "step_size", 2 / 255), ("eps_schedule=[['0', '2/255']]", "eps_schedule", [["0", "2/255"]]),
     ],
@@ -492,8 +493,8 @@ def test_settings_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize("name", list(defenses))
 def test_the_contestant_is_built_with_the_budget_and_the_fields_of_its_settings(name: str) -> None:
-    made = contestant(resolve(name, eps="8/255", sets=["steps=3", "step_size=2/255"]))
-    assert made == build(defenses[name], {"eps": 8 / 255, "steps": 3, "step_size": 2 / 255})
+    made = contestant(resolve(name, eps="16/255", sets=["steps=3", "step_size=2/255"]))
+    assert made == build(defenses[name], {"eps": 16 / 255, "steps": 3, "step_size": 2 / 255})
 
 
 def test_what_is_unset_is_stored_as_unset_and_the_budget_once() -> None:

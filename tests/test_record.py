@@ -53,7 +53,8 @@ def said(table: pd.DataFrame | None = None, **run: Any) -> dict[str, Any]:
         "result": {
             "network": network, "data": data, "norm": "linf", "eps": "0.3", "eps_value": 0.3, "seed": 0, "chunk": 250,
             "correct": correct, "accuracies": {name: right / N for name, right in correct.items()},
-            "stages": {"autoattack": {"square": 1}}, "outcomes": record.outcomes_hash(table), "warnings": ["a doubt"],
+            "stages": {"autoattack": {"square": 1}}, "collapsed": False, "outcomes": record.outcomes_hash(table),
+            "warnings": ["a doubt"],
         },
         "run": {"device": "cpu", "seconds": 1.5, **run},
     }  # fmt: skip
