@@ -311,6 +311,7 @@ def pgd(
     objective = objective if isinstance(objective, Objective) else Objective(objective or cross_entropy)
     perturb = noise if callable(noise) else _gaussian_steps(x, noise)
     size = step_size if callable(step_size) else lambda k: step_size
+    x = x.detach()
     begin = torch.empty_like(x).copy_(start(x, eps))
     x_adv = begin.clone()
     which = torch.arange(len(x), device=x.device)

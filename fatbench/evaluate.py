@@ -294,8 +294,8 @@ def _findings(task: Examination, ledger: Ledger) -> Findings:
 
 
 def _black_box(stages: dict[str, dict[str, int]], n: int) -> list[str]:
-    """Square, which sees no gradient, breaking what gradients left standing: AutoAttack's own sign of masking."""
-    more = {attack: broke["square"] for attack, broke in stages.items() if broke.get("square", 0) > 0.002 * n}
+    """Square, which sees no gradient, breaking what gradients left: AutoAttack's own sign of masking (0.2 points)."""
+    more = {attack: broke["square"] for attack, broke in stages.items() if broke.get("square", 0) > max(1, 0.002 * n)}
     return [
         f"{attack}: Square broke {k} of {n} that white-box attacks left: gradients may be masked"
         for attack, k in more.items()

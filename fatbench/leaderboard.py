@@ -166,10 +166,12 @@ def cells(table: pd.DataFrame, *, intervals: bool = True) -> pd.DataFrame:
     for attack in attacks:
         shown[title(attack)] = [_cell(row, attack, intervals) for row in table.to_dict("records")]
     shown["n"] = table["n"].astype(str)
-    shown["seeds"] = [
-        f"{s}{f' (+{f} failed)' if f and s else ''}" for s, f in zip(table["seeds"], table["failed"], strict=True)
-    ]
+    shown["seeds"] = [_seeds(s, f) for s, f in zip(table["seeds"], table["failed"], strict=True)]
     return shown
+
+
+def _seeds(done: int, failed: int) -> str:
+    return f"{failed} failed" if not done else f"{done} (+{failed} failed)" if failed else str(done)
 
 
 def _trained(row: dict[Any, Any]) -> str:

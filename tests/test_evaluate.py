@@ -660,7 +660,7 @@ def test_stages_add_up_over_chunks(asking: Callable[..., Protocol], tmp_path: Pa
     assert done.result.stages == {"staged": {"one": 5, "two": 3}}
 
 
-@pytest.mark.parametrize(("n", "square", "doubted"), [(499, 1, True), (500, 1, False), (999, 2, True), (9, 0, False)])
+@pytest.mark.parametrize(("n", "square", "doubted"), [(99, 1, False), (99, 2, True), (1500, 3, False), (1499, 3, True)])
 def test_breaking_what_gradients_left_is_doubted(
     n: int, square: int, doubted: bool, asking: Callable[..., Protocol], tmp_path: Path
 ) -> None:

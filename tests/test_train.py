@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fatbench import checkpoint, files, recipe, trainer
+from fatbench import checkpoint, data, files, protocol, recipe, trainer
 from fatbench.attacks import Crafted
 from fatbench.errors import Refused, RunFailed
+from fatbench.evaluate import Examination, evaluate
 from fatbench.quantities import Progress
 from fatbench.registry import defenses
 
@@ -68,12 +69,16 @@ def test_every_defense_trains_on_digits(defense: str, tmp_path: Path) -> None:
     subject = checkpoint.load(run)
     assert subject.meta["settings"]["defense"] == defense
     assert subject.meta["status"] == "done"
+    quick = protocol.load(protocol.DEFAULT).only(["fgsm", "pgd-5"])
+    found = evaluate(Examination(subject, data.load("digits"), quick, "0.2", n=60), tmp_path / "records").result
+    assert found.network.defense == defense
+    assert 0 <= found.correct["worst"] <= found.correct["clean"] <= 60
 
 
 @pytest.mark.parametrize("defense", list(defenses))
 def test_every_defense_steps_on_real_colour_images(defense: str, shared: Path, tmp_path: Path) -> None:
-    data = str(shared / "data" / "cifar10_20k.npz")
-    real = settings(defense, dataset=data, arch="small-cnn", eps="8/255", epochs=1, n_train=46, batch_size=2)
+    images = str(shared / "data" / "cifar10_20k.npz")
+    real = settings(defense, dataset=images, arch="small-cnn", eps="8/255", epochs=1, n_train=46, batch_size=2)
     run = trainer.train(real, tmp_path / "run")
     assert np.isfinite(metrics(run)[0]["loss"])
 
