@@ -9,7 +9,8 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ META: dict[str, Any] = {"arch": "digits-cnn", "classes": 10, "channels": 1, "siz
 # The fingerprint of Linear(2, 1) with weights 1, 2 and bias 3.
 PINNED = "4297e6beae3ec2a06621cdd1bbef61b41b1479a53926f2be87e4462e459fa594"
 State = dict[str, Tensor]
+
+Limit = Callable[[int], AbstractContextManager[None]]
 
 
 def network(arch: str = "digits-cnn", channels: int = 1, size: int = 8) -> nn.Module:
@@ -89,22 +92,10 @@ def test_a_checkpoint_replaces_the_one_before_and_leaves_nothing_else(net: nn.Mo
     assert list(path.parent.iterdir()) == [path]
 
 
-@contextlib.contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """No file grows beyond `size` bytes meanwhile."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_on_a_full_disk_the_checkpoint_before_stays(net: nn.Module, path: Path) -> None:
+def test_on_a_full_disk_the_checkpoint_before_stays(net: nn.Module, path: Path, no_file_beyond: Limit) -> None:
     checkpoint.save(path, net, META)
     before = path.read_bytes()
-    with full_disk(20_000), pytest.raises(Refused, match="cannot write") as caught:
+    with no_file_beyond(20_000), pytest.raises(Refused, match="cannot write") as caught:
         checkpoint.save(path, network(), META)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == before

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ JSON = st.recursive(
 )
 few = settings(max_examples=40, deadline=None, derandomize=True)
 
+Limit = Callable[[int], AbstractContextManager[None]]
+
 
 def full(*arguments: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
@@ -37,18 +40,6 @@ def refused(path: Path, reason: str = "No space left on device") -> Iterator[Non
     with pytest.raises(Refused) as caught:
         yield
     assert str(caught.value) == f"cannot write {path}: {reason}; what was there before is untouched"
-
-
-@contextlib.contextmanager
-def no_file_beyond(size: int) -> Iterator[None]:
-    """A disk that takes the first `size` bytes of any file and refuses the rest."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
@@ -116,7 +107,7 @@ def test_a_disk_that_refuses_at_the_end_leaves_what_was_there_before(
     assert only(path) == before
 
 
-def test_a_disk_that_takes_half_leaves_what_was_there_before(path: Path, before: bytes) -> None:
+def test_a_disk_that_takes_half_leaves_what_was_there_before(path: Path, before: bytes, no_file_beyond: Limit) -> None:
     with no_file_beyond(1000), refused(path, os.strerror(errno.EFBIG)):
         files.write_text(path, "x" * 5000)
     assert only(path) == before
@@ -203,7 +194,7 @@ def test_a_line_that_the_disk_does_not_confirm_is_taken_back(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("room", [0, 1, 10, 39])
-def test_a_line_of_which_a_part_fits_is_taken_back_whole(room: int, tmp_path: Path) -> None:
+def test_a_line_of_which_a_part_fits_is_taken_back_whole(room: int, tmp_path: Path, no_file_beyond: Limit) -> None:
     log = tmp_path / "log.jsonl"
     files.append_line(log, {"epoch": 1})
     whole = log.read_bytes()

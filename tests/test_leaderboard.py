@@ -495,3 +495,12 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, cli: Callable[..., subp
     assert done.stderr.startswith("fatbench: no folder of records at absent")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "board").exists()
+
+
+def test_the_published_tables_are_what_their_records_say(root: Path, tmp_path: Path) -> None:
+    board = root / "leaderboard"
+    leaderboard.publish(leaderboard.gather(board / "records"), tmp_path)
+    derived = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    published = {path.name: path.read_bytes() for path in board.iterdir() if path.suffix in (".md", ".csv")}
+    del published["README.md"]
+    assert derived == published

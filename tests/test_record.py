@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import errno
 import json
-import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from fatbench.errors import Refused
 
 N = 40
 ATTACKS = ("fgsm", "pgd-20")
+
+Limit = Callable[[int], AbstractContextManager[None]]
 
 
 def outcomes() -> pd.DataFrame:
@@ -350,26 +351,15 @@ def test_no_random_change_gets_into_what_is_hashed(
 # ------------------------------------------------------------------------------------------------ a disk that fails
 
 
-@contextmanager
-def files_no_larger_than(size: int) -> Iterator[None]:
-    """The system takes no more than `size` bytes into any file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_disk_that_takes_no_outcomes_leaves_nothing(tmp_path: Path) -> None:
-    with files_no_larger_than(100), pytest.raises(Refused, match=r"cannot write .*\.parquet") as refused:
+def test_a_disk_that_takes_no_outcomes_leaves_nothing(tmp_path: Path, no_file_beyond: Limit) -> None:
+    with no_file_beyond(100), pytest.raises(Refused, match=r"cannot write .*\.parquet") as refused:
         record.write(tmp_path, said(), outcomes())
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_takes_no_json_leaves_no_record(tmp_path: Path) -> None:
-    with files_no_larger_than(20_000), pytest.raises(Refused, match=r"cannot write .*\.json: File too large"):
+def test_a_disk_that_takes_no_json_leaves_no_record(tmp_path: Path, no_file_beyond: Limit) -> None:
+    with no_file_beyond(20_000), pytest.raises(Refused, match=r"cannot write .*\.json: File too large"):
         record.write(tmp_path, said(log="x" * 30_000), outcomes())
     assert [p.name for p in tmp_path.iterdir()] == ["fat-digits-1.parquet"]
     again = record.write(tmp_path, said(log="x" * 30_000), outcomes())
