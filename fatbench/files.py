@@ -72,6 +72,7 @@ def locked(path: Path, where: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        path.unlink(missing_ok=True)  # nobody waits for it: who finds it held is refused at once
 
 
 def write_text(path: Path, text: str) -> None:
