@@ -168,7 +168,7 @@ class Normalised(nn.Module):
 
     def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if len(mean) != len(std) or any(s <= 0 for s in std):
+        if len(mean) != len(std) or not all(s > 0 for s in std):
             raise Refused(f"mean {list(mean)} and std {list(std)} must be as many, one a channel, and std positive")
         self.net = net
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)

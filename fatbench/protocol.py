@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fatbench.errors import Refused, first_line, unknown
 from fatbench.quantities import Eps
@@ -32,13 +32,25 @@ class Protocol(BaseModel):
     attacks: tuple[str, ...] = Field(min_length=1, description="in the order they run")
     families: dict[str, dict[str, Any]] = Field(default_factory=dict, description="settings of each attack family")
 
+    @field_validator("attacks")
+    @classmethod
+    def _as_registered(cls, attacks: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(attack.strip().lower().replace("_", "-") for attack in attacks))
+
+    @model_validator(mode="after")
+    def _no_idle_settings(self) -> Protocol:
+        asked = {part for attack in self.attacks for part in (attack, attack.rpartition("-")[0])}
+        if idle := sorted(self.families.keys() - asked):
+            raise ValueError(f"families.{idle[0]} says settings of a family that no attack belongs to")
+        return self
+
     def settings_for(self, attack: str) -> dict[str, Any]:
         """What the file says of an attack's family; nothing where it is silent."""
         return self.families.get(attack, self.families.get(attack.rpartition("-")[0], {}))
 
     def only(self, attacks: Sequence[str]) -> Protocol:
         """The same protocol with other attacks, each once."""
-        wanted = tuple(dict.fromkeys(a.strip().lower().replace("_", "-") for a in attacks if a.strip()))
+        wanted = self._as_registered(tuple(attack for attack in attacks if attack.strip()))
         if not wanted:
             raise Refused("no attack named: --attacks takes names such as fgsm,pgd-20,autoattack")
         return self.model_copy(update={"attacks": wanted})

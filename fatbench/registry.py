@@ -102,7 +102,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         try:
             spec = importlib.util.find_spec(module)
             tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8")) if spec and spec.origin else None
-        except (ImportError, OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # looking for a module imports the packages it lies in
             raise Refused(f"cannot be read: {first_line(error)}") from error
         if tree is None:
             raise Refused(f"cannot be loaded: no module {module}")

@@ -183,13 +183,6 @@ def torch_bytes(value: object, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def safetensors_bytes(state: State, tmp_path: Path, **metadata: str) -> bytes:
-    save_file(state, tmp_path / "made", metadata=metadata or None)
-    content = (tmp_path / "made").read_bytes()
-    (tmp_path / "made").unlink()
-    return content
-
-
 HTML = b"\n<!DOCTYPE html>\n<html><body>Sign in to download</body></html>\n"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 NOISE = np.random.default_rng(0).bytes(4000)

@@ -523,7 +523,7 @@ def test_a_failed_network_gets_no_number(
         ([0] * 30 + [2] * 30, [0] * 30 + [1] * 30, True),  # two answers, no better than one
         ([0] * 20 + [1] * 40, [0] * 20 + [1] * 20 + [2] * 20, False),
         ([0, 1, 2] * 20, [0, 1, 2] * 20, False),
-        ([0] * 995 + [1] * 5, [0] * 880 + [1] * 120, True),
+        ([0] * 59_410 + [1] * 590, [0] * 30_000 + [1] * 30_000, True),  # surely better, and yet one answer
         ([0] * 49, [0, 1] * 24 + [0], False),  # too few to tell
         ([0] * 60, [0] * 54 + [1] * 6, False),  # nearly all are of this class
     ],
@@ -666,7 +666,7 @@ def test_breaking_what_gradients_left_is_doubted(
 ) -> None:
     protocol = asking(aa=lambda model, chunk, eps: Attacked(chunk.x, 0, 0, (), {"apgd-ce": 9, "square": square}))
     world = grey([0.2, 0.8] * (n // 2) + [0.2] * (n % 2), [0, 1] * (n // 2) + [0] * (n % 2))
-    done = evaluate(Examination(subject(Threshold()), world, protocol, "0.1", chunk=1000), tmp_path)
+    done = evaluate(Examination(subject(Threshold()), world, protocol, "0.1", chunk=5000), tmp_path)
     why = f"aa: Square broke {square} of {n} that white-box attacks left: gradients may be masked"
     assert done.result.warnings == ((why,) if doubted else ())
 

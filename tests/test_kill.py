@@ -36,7 +36,7 @@ def finish(process: subprocess.Popen[str]) -> float:
 
 
 def struck(kills: int, seconds: float, chance: random.Random, command: Command, tmp_path: Path) -> Iterator[Path]:
-    """Runs the command in one folder after another until `kills` kills have hit it at work; yields the finished folders.
+    """Runs the command in one folder after another until `kills` kills have hit it at work; yields those finished.
 
     `seconds` is what it takes undisturbed. Each run is killed at a random moment, and started again, until it is done.
     """
@@ -67,7 +67,7 @@ def end_of(run: Path) -> dict[str, Any]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("defense", ["fat", "fat-cat", "trades"])
 def test_training_killed_at_random_ends_with_the_same_bits(defense: str, tmp_path: Path) -> None:
-    short = ("--epochs", 30, "--n-train", 400, "--batch-size", 64, "--lr", 0.05, "--device", "cpu")
+    short = ("--epochs", 12, "--n-train", 400, "--batch-size", 64, "--lr", 0.05, "--device", "cpu")
 
     def command(out: Path) -> tuple[object, ...]:
         return ("train", defense, *short, "--out", out, "--resume")
