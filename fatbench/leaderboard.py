@@ -141,9 +141,17 @@ def _row(group: pd.DataFrame, attacks: list[str]) -> dict[str, Any]:
         # The interval says what n test samples can tell of one network; the spread, what another seed would change.
         low, high = wilson(round(middle / 100 * first["n"]), first["n"])
         row |= {attack: middle, f"{attack}_spread": spread, f"{attack}_low": 100 * low, f"{attack}_high": 100 * high}
-    row["warnings"] = "; ".join(dict.fromkeys(w for warnings in good["warnings"] for w in warnings))
+    row["warnings"] = "; ".join(_told_once(w for warnings in good["warnings"] for w in warnings))
     row["ids"] = " ".join(group["id"])
     return row
+
+
+def _told_once(warnings: Iterable[str]) -> list[str]:
+    """Warnings that differ in their figures alone, as several seeds give them, as the first of them and how many."""
+    alike: dict[str, list[str]] = {}
+    for warning in warnings:
+        alike.setdefault(re.sub(r"\d+", "#", warning), []).append(warning)
+    return [same[0] + (f" (and {len(same) - 1} more such)" if len(same) > 1 else "") for same in alike.values()]
 
 
 def title(attack: str) -> str:
