@@ -33,6 +33,8 @@ from fatbench.quantities import number
 from fatbench.record import Record, count, outcomes_hash, read, write
 from fatbench.stats import wilson
 
+# The form of what is kept of an examination under way; raised when an entry says something else.
+LEDGER = 1
 # How far outside the ball float32 may put an honest example: two units in the last place at 1.0.
 TOLERANCE = 2.0**-22
 
@@ -189,12 +191,13 @@ class Ledger:
     def __init__(self, path: Path, plan: str) -> None:
         self.path = path
         lines = read_lines(path)
-        if lines and lines[0] != {"plan": plan}:
-            raise Refused(f"{path} belongs to another examination: choose another --out, or remove it")
+        head = {"plan": plan, "format": LEDGER}
+        if lines and lines[0] != head:
+            raise Refused(f"{path} belongs to another examination or fatbench: choose another --out, or remove it")
         self.entries: dict[tuple[int, str], dict[str, Any]] = {(e["chunk"], e["attack"]): e for e in lines[1:]}
         self.resumed = len(self.entries)
         # Where a kill cut a line off, what can be read is what was done.
-        write_text(path, "".join(canonical(line) + "\n" for line in (lines or [{"plan": plan}])))
+        write_text(path, "".join(canonical(line) + "\n" for line in (lines or [head])))
 
     def add(self, entry: dict[str, Any]) -> None:
         append_line(self.path, entry)
