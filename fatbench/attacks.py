@@ -232,8 +232,9 @@ class Crafted:
         x_adv: (N, C, H, W) where each example stopped, in input order, laid out like x.
         steps: (N,) int64 gradient steps that each example took.
         forwards: Examples passed through the network, clean targets included.
-        backwards: Example gradients taken. An example that a logit rule stops is not among them; one that a gradient
-            rule (FOSC) stops is: the rule looked at its gradient.
+        backwards: Example gradients taken. An example that a logit rule stops is not among them, though its row rides
+            along, with zeros, in the backward of those who go on; one that a gradient rule (FOSC) stops is: the rule
+            looked at its gradient.
     """
 
     x_adv: Tensor

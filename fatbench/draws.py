@@ -64,7 +64,7 @@ class Draws:
 
     def scalar(self, purpose: str) -> float:
         """One U(0, 1) for the whole batch, keyed by its first example."""
-        first = np.asarray(self.indices)[:1]
+        first = np.asarray(self.indices)[:1] if len(self.indices) else np.zeros(1)
         return float(hashed(first, *self.key, purpose)[0] >> np.uint64(11)) / 2.0**53
 
     def _fill(self, like: Tensor, purpose: str, fill: object) -> Tensor:
