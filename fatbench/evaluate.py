@@ -156,7 +156,7 @@ def _same(path: Path, plan: dict[str, Any]) -> Record:
 def _fits(model: nn.Module, loaded: Data, device: torch.device | str) -> None:
     """One image through the network: shape, number of classes, finite logits."""
     try:
-        with torch.no_grad():
+        with crafting(model), torch.no_grad():
             logits = model(loaded.x_test[:1].to(device))
     except Exception as error:  # the network may be anybody's code
         raise Refused(

@@ -130,7 +130,9 @@ def _row(group: pd.DataFrame, attacks: list[str]) -> dict[str, Any]:
     row: dict[str, Any] = {
         key: first[key] for key in ("defense", "arch", "eps", "eps_train", "epochs", "selection", "n")
     }
-    row |= {"seeds": len(good), "failed": len(group) - len(good), "status": status}
+    # A seed that failed, or was examined before it was finished, and has no finished run beside it.
+    failed = group[(group["status"] != "done") & ~group["seed"].isin(good["seed"])]
+    row |= {"seeds": len(good), "failed": len(failed), "status": status}
     row["complete"] = all(set(attacks) <= set(correct) for correct in good["correct"])
     for attack in ("clean", *attacks, "worst"):
         right = [correct[attack] for correct in good["correct"] if attack in correct]
@@ -227,14 +229,32 @@ GROUP = ["dataset", "norm", "eps_class", "protocol"]
 
 
 def tables(records: list[Record]) -> dict[tuple[str, ...], pd.DataFrame]:
-    """(dataset, norm, eps class, protocol) -> its rows, in a fixed order."""
+    """(dataset, norm, eps class, protocol) -> its rows, in a fixed order.
+
+    Raises:
+        Refused: protocols of one name and version that are not one.
+    """
     lines = frame(records)
+    _one_meaning_each(records)
     # Two files of one name are two datasets.
     versions = lines.groupby("dataset")["data"].transform("nunique")
     lines["dataset"] = lines["dataset"].where(versions == 1, lines["dataset"] + " " + lines["data"].str[:8])
     grouped = lines.groupby(GROUP, sort=True)
     found = {tuple(str(part) for part in key): rows(group) for key, group in grouped}
     return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1], number(item[0][2]), item[0][3])))
+
+
+def _one_meaning_each(records: list[Record]) -> None:
+    meant: dict[tuple[str, int, str], tuple[str, dict[str, Any]]] = {}
+    for record in records:
+        for attack, settings in record.protocol.attacks.items():
+            key = (record.protocol.name, record.protocol.version, attack)
+            first, theirs = meant.setdefault(key, (record.id, settings))
+            if theirs != settings:
+                raise Refused(
+                    f"{first} and {record.id} mean different things by {attack} of {key[0]} v{key[1]}: their protocols "
+                    "must have different names or versions to be ranked"
+                )
 
 
 def heading(key: tuple[str, ...]) -> str:

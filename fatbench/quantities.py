@@ -6,6 +6,7 @@ Imports no torch, so that settings can be read and refused before anything heavy
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
@@ -22,7 +23,7 @@ def number(text: object) -> float:
     if isinstance(text, bool) or not isinstance(text, (int, float, str)):
         raise ValueError(f"{text!r} is not a number: write 0.031 or 8/255")
     try:
-        value = float(Fraction(text)) if isinstance(text, str) else float(text)
+        value = float(_fraction(text)) if isinstance(text, str) and "/" in text else float(text)
     except ZeroDivisionError:
         raise ValueError(f"{text!r} divides by zero: write 0.031 or 8/255") from None
     except (ValueError, OverflowError):
@@ -32,10 +33,18 @@ def number(text: object) -> float:
     return value
 
 
+def _fraction(text: object) -> Fraction:
+    """Exact; a power of ten that would take minutes to write out is no number anybody means."""
+    if re.search(r"e[+-]?\d{4,}", str(text), re.IGNORECASE):
+        raise ValueError(f"{text!r} is not a number")
+    return Fraction(str(text))
+
+
 def published(text: object) -> str:
     """eps as people write it, `"8/255"` or `"0.031"`, checked to lie in [0, 1] and kept to the letter."""
     if not 0 <= number(text) <= 1:
         raise ValueError(f"{text!r} lies outside [0, 1]: eps is a distance in pixel units, such as 0.031 or 8/255")
+    _fraction(text)
     return str(text).strip()
 
 
@@ -80,7 +89,7 @@ class Progress(NamedTuple):
 def moment(text: object) -> str:
     """A point of the run as a fraction of its epochs, kept to the letter: `"59/120"` begins epoch 60 of 120."""
     try:
-        value = Fraction(str(text))
+        value = _fraction(text)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{text!r} is not a fraction of the run: write '59/120'") from None
     if not 0 <= value <= 1:
@@ -117,8 +126,8 @@ def value_at(schedule: Any, progress: Progress) -> Any:
 def step_text(text: object) -> str:
     """A step size as a protocol says it: `"eps/4"`, `"eps"`, `"2/255"` or `0.003`."""
     said = str(text).strip()
-    if said != "eps" and not number(said.removeprefix("eps/")) and "/" in said:
-        raise ValueError(f"{text!r} divides by zero: write eps/4, 2/255 or 0.003")
+    if said != "eps" and number(said.removeprefix("eps/")) <= 0:
+        raise ValueError(f"{text!r} is no step forward: write eps/4, 2/255 or 0.003")
     return said
 
 

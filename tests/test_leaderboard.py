@@ -504,3 +504,21 @@ def test_the_published_tables_are_what_their_records_say(root: Path, tmp_path: P
     published = {path.name: path.read_bytes() for path in board.iterdir() if path.suffix in (".md", ".csv")}
     del published["README.md"]
     assert derived == published
+
+
+def test_protocols_of_one_name_that_differ_are_not_ranked_together(put: Write, tmp_path: Path) -> None:
+    for defense, steps in (("fat", 1), ("mart", 77)):
+        path = tmp_path / "records" / f"{put(defense=defense).id}.json"
+        said = json.loads(path.read_text())
+        said["protocol"]["attacks"] = {"fgsm": {"steps": steps}}
+        said["hash"] = record.digest({key: said[key] for key in ("schema", "id", "protocol", "result")})
+        path.write_text(json.dumps(said))
+    with pytest.raises(Refused, match="mean different things by fgsm"):
+        leaderboard.publish(leaderboard.gather(tmp_path / "records"), tmp_path / "board")
+
+
+def test_an_unfinished_examination_beside_the_finished_one_is_no_failure(put: Write, tables: Any) -> None:
+    put(seed=0, weights="half way", status="unfinished")
+    put(seed=0, weights="finished")
+    row = tables()[DIGITS].iloc[0]
+    assert (row["seeds"], row["failed"], row["status"]) == (1, 0, "done")

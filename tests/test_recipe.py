@@ -570,3 +570,11 @@ def test_a_difference_is_empty_only_between_equals(one: dict[str, Any], other: d
     a, b = Settings.model_validate(one), Settings.model_validate(other)
     assert (difference(a, b) == "") == (a == b)
     assert difference(a, a) == ""
+
+
+@pytest.mark.parametrize("endless", ["1e9999999", "1e-9999999", "1e-9999999/3"])
+def test_a_number_that_nobody_can_write_out_is_refused_at_once(endless: str) -> None:
+    with pytest.raises(ValueError, match=r"is not|not finite|outside"):
+        published(endless)
+    with pytest.raises(ValueError, match="fraction of the run"):
+        moment(endless)
