@@ -72,6 +72,8 @@ def described(name: str) -> Dataset:
     if key in DATASETS:
         return DATASETS[key]
     path = Path(name)
+    if len(path.name) > 255:
+        raise Refused(f"no dataset at {name[:60]}...: no file has a name of {len(path.name)} letters")
     if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
         return Dataset(path.stem, f"{path.name}, yours")
     if path.suffix == ".npz" or path.name != name:

@@ -302,4 +302,7 @@ def _fill(network: nn.Module, state: State, path: Path, what: str) -> None:
         wrong += [f"has {extra[0]} and {len(extra) - 1} more that it should not"] if extra else []
         wrong += [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in sorted(shaped)[:1]]
         raise Refused(f"{path} does not fit {what}: it {'; '.join(wrong)}: check --arch and the number of classes")
-    network.load_state_dict(state)
+    try:
+        network.load_state_dict(state)
+    except Exception as error:  # sparse, quantised or meta tensors, say
+        raise Refused(f"{path} holds tensors that cannot be loaded: {first_line(error)}") from None

@@ -6,6 +6,7 @@ resumed ends with the same bits. What a run leaves behind is told in fatbench/ru
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Iterator
@@ -284,7 +285,7 @@ class Run:
             "average": None if self.average is None else self.average.state_dict(),
             "memory": json.dumps(self.defense.memory), "best": self.best, "remembered": self.remembered,
         }  # fmt: skip
-        write_atomic(self.out / "resume.pt", lambda path: torch.save(state, path))
+        write_atomic(self.out / "resume.pt", partial(_torch_save, state))
 
     def write(self, selection: str) -> None:
         whole = selection == "last" and self.epoch == self.settings.epochs  # `best` is known when the run is over
@@ -319,6 +320,13 @@ class Run:
         # A line may have been written for an epoch whose state was not: it is written again.
         lines = read_lines(self.out / "metrics.jsonl")[: self.epoch]
         write_text(self.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _torch_save(state: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # how torch passes on what the disk said
+        raise OSError(errno.EIO, first_line(error)) from error
 
 
 class _answers:

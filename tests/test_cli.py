@@ -70,7 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("train", "fat", "--arch", "resnet18"), "did you mean resnet-18"),
         (("train", "fat", "--eps", "8/0"), "divides by zero"),
         (("train", "fat", "--eps", "8"), "outside [0, 1]"),
-        (("train", "fat", "--eps", "nan"), "is not a number"),
+        (("train", "fat", "--eps", "nan"), "is not finite"),
         (("train", "fat", "--epochs", "0"), "greater than or equal to 1"),
         (("train", "fat", "--epochs", "many"), "valid integer"),
         (("train", "fat", "--lr", "-1"), "greater than 0"),

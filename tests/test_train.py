@@ -303,6 +303,13 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(full: str, tmp_p
     assert same(left_behind(tmp_path / "run"), whole)
 
 
+def test_a_disk_that_really_fills_is_one_line(tmp_path: Path, no_file_beyond: Any) -> None:
+    wanted = settings("standard", epochs=1, n_train=60)
+    with no_file_beyond(40_000), pytest.raises(Refused, match=r"cannot write .*resume\.pt") as refusal:
+        trainer.train(wanted, tmp_path / "run")
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:0:1"])
 def test_an_unknown_device_is_refused(device: str) -> None:
     with pytest.raises(Refused, match="--device"):
