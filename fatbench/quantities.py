@@ -126,7 +126,7 @@ def value_at(schedule: Any, progress: Progress) -> Any:
 def step_text(text: object) -> str:
     """A step size as a protocol says it: `"eps/4"`, `"eps"`, `"2/255"` or `0.003`."""
     said = str(text).strip()
-    if said != "eps" and number(said.removeprefix("eps/")) <= 0:
+    if said != "eps" and (size := number(said.removeprefix("eps/"))) <= 0 and (size < 0 or "/" in said):
         raise ValueError(f"{text!r} is no step forward: write eps/4, 2/255 or 0.003")
     return said
 
