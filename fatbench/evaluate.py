@@ -1,7 +1,7 @@
 """Checkpoint x protocol -> record: every attack on the same fixed chunks, every counted example verified.
 
-The chunk is the unit of work, of resume and of sharding: (chunk, attack) outcomes are appended to `ID.partial.jsonl`
-as they come, and an examination that was killed goes on from there to the same `result`.
+The chunk is the unit of work and of sharding, a step (an attack on a chunk, or one stage of it) that of resume:
+outcomes go to `ID.partial.jsonl` as they come, and an examination that was killed goes on to the same `result`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -26,17 +25,13 @@ from fatbench.attacks import crafting
 from fatbench.checkpoint import Subject
 from fatbench.data import Data, balanced_order
 from fatbench.errors import Refused, first_line
-from fatbench.evaluation import Attacked, Chunk, Evaluation, examiner
-from fatbench.files import append_line, canonical, digest, disk, locked, read_lines, write_text
+from fatbench.evaluation import Attacked, Chunk, Evaluation, Staged, examiner, verified
+from fatbench.files import digest, disk, locked
+from fatbench.findings import Findings, collapsed, gathered
+from fatbench.ledger import Ledger, Step
 from fatbench.protocol import Protocol
 from fatbench.quantities import number
 from fatbench.record import Record, count, outcomes_hash, read, write
-from fatbench.stats import wilson
-
-# The form of what is kept of an examination under way; raised when an entry says something else.
-LEDGER = 1
-# How far outside the ball float32 may put an honest example: two units in the last place at 1.0.
-TOLERANCE = 2.0**-22
 
 
 @dataclass(frozen=True)
@@ -128,7 +123,7 @@ def evaluate(task: Examination, out: Path, *, device: torch.device | str = "cpu"
         found = _findings(task, ledger)
         run = _run(device, time.perf_counter() - began, found, ledger)
         record = write(out, _said(ident, plan, found, run), found.table)
-        partial.unlink()
+        ledger.close()
         return record
 
 
@@ -138,7 +133,8 @@ def _said(ident: str, plan: dict[str, Any], found: Findings | None, run: dict[st
     right = count(found.table, list(plan["protocol"]["attacks"])) if found else {}
     result = {
         **settled, "correct": right, "accuracies": {name: k / plan["data"]["n"] for name, k in right.items()},
-        "stages": found.stages if found else {}, "outcomes": outcomes_hash(found.table) if found else "",
+        "stages": found.stages if found else {}, "after": found.after if found else {},
+        "outcomes": outcomes_hash(found.table) if found else "",
         "collapsed": collapsed(found.table) if found else False, "warnings": found.warnings if found else (),
     }  # fmt: skip
     return {"id": ident, "protocol": plan["protocol"], "result": result, "run": run}
@@ -185,135 +181,95 @@ def _exact() -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-class Ledger:
-    """What has been done, a JSON line for each (chunk, attack), behind a line that says for which plan."""
-
-    def __init__(self, path: Path, plan: str) -> None:
-        self.path = path
-        lines = read_lines(path)
-        head = {"plan": plan, "format": LEDGER}
-        if lines and lines[0] != head:
-            raise Refused(f"{path} belongs to another examination or fatbench: choose another --out, or remove it")
-        self.entries: dict[tuple[int, str], dict[str, Any]] = {(e["chunk"], e["attack"]): e for e in lines[1:]}
-        self.resumed = len(self.entries)
-        # Where a kill cut a line off, what can be read is what was done.
-        write_text(path, "".join(canonical(line) + "\n" for line in (lines or [head])))
-
-    def add(self, entry: dict[str, Any]) -> None:
-        append_line(self.path, entry)
-        self.entries[entry["chunk"], entry["attack"]] = entry
-
-
 def _examine(task: Examination, model: nn.Module, ledger: Ledger, device: torch.device | str) -> None:
     rows, examiners = task.rows(), task.examiners()
     parts = [rows[first : first + task.chunk] for first in range(0, len(rows), task.chunk)]
-    todo = [(c, attack) for c in range(len(parts)) for attack in ("clean", *examiners)]
-    if ledger.resumed:
-        console.stderr.print(f"resuming: {ledger.resumed} of {len(todo)} steps are done", soft_wrap=True)
+    steps = _steps(len(parts), task)
+    left = [step for step in steps if step not in ledger.entries]
+    if ledger.resumed and left:
+        console.stderr.print(f"resuming at {left[0]}: {ledger.resumed} of {len(steps)} steps are done", soft_wrap=True)
     chunk: Chunk | None = None
     current = -1
-    with console.waiting(f"examining {task.data.info.name}", len(todo), done=ledger.resumed) as bar:
-        for c, attack in todo:
-            if (c, attack) in ledger.entries:
-                continue
-            if chunk is None or current != c:
-                chunk, current = _chunk(task, parts[c], device), c
-            entry = _attacked(model, chunk, attack, examiners.get(attack), number(task.eps))
-            ledger.add({"chunk": c, "attack": attack, **entry})
-            bar.advance(f"{attack}, chunk {c + 1} of {len(parts)}")
+    with console.waiting(f"examining {task.data.info.name}", len(steps), done=len(steps) - len(left)) as bar:
+        for step in left:
+            if chunk is None or current != step.chunk:
+                chunk, current = _chunk(task, parts[step.chunk], device), step.chunk
+            ledger.add(step, *_done(step, model, chunk, examiners.get(step.attack), number(task.eps), ledger))
+            bar.advance(f"{step} (of {len(parts)})")
+
+
+def _steps(chunks: int, task: Examination) -> list[Step]:
+    """All that is to be done, in order: chunk by chunk, so that what a kill leaves is whole chunks."""
+    attacks = {name: one.stages(task.data.classes) or ("",) for name, one in task.examiners().items()}
+    return [Step(c, a, s) for c in range(chunks) for a, stages in {"clean": ("",), **attacks}.items() for s in stages]
 
 
 def _chunk(task: Examination, rows: np.ndarray, device: torch.device | str) -> Chunk:
-    x = task.data.x_test[rows].contiguous().to(device)
-    return Chunk(x, task.data.y_test[rows].to(device), rows, task.data.classes, task.seed)
+    x = task.data.x_test[rows].contiguous().to(device, torch.float32)
+    return Chunk(x, task.data.y_test[rows].to(device, torch.int64), rows, task.data.classes, task.seed)
 
 
-def _attacked(model: nn.Module, chunk: Chunk, name: str, examiner: Evaluation | None, eps: float) -> dict[str, Any]:
+def _done(
+    step: Step, model: nn.Module, chunk: Chunk, examiner: Evaluation | None, eps: float, ledger: Ledger
+) -> tuple[dict[str, Any], Tensor]:
+    """A step's entry, and the examples it broke."""
+    if isinstance(examiner, Staged):
+        return _staged(model, chunk, examiner, step.stage, _standing(step, chunk, examiner, ledger), eps)
+    return _attacked(model, chunk, step.attack, examiner, eps)
+
+
+def _standing(step: Step, chunk: Chunk, examiner: Staged, ledger: Ledger) -> Tensor:
+    """(M,) the positions in a chunk of those whom neither the clean image nor an earlier stage misled."""
+    clean = torch.tensor(ledger.entries[Step(step.chunk, "clean")]["pred"], device=chunk.y.device)
+    stands = clean == chunk.y
+    stages = examiner.stages(chunk.classes)
+    for earlier in stages[: stages.index(step.stage)]:
+        stands[ledger.entries[step._replace(stage=earlier)]["fell"]] = False
+    return stands.nonzero().squeeze(1)
+
+
+def _attacked(
+    model: nn.Module, chunk: Chunk, name: str, examiner: Evaluation | None, eps: float
+) -> tuple[dict[str, Any], Tensor]:
     """One attack on one chunk: predictions, and whom it broke."""
     began = time.perf_counter()
     attacked = Attacked(chunk.x, 0, 0) if examiner is None else examiner.attack(model, chunk, eps)
-    x_adv, forwards, backwards, warnings, stages = attacked
-    predictions, broken, invalid = verified(model, chunk.x, x_adv, chunk.y, eps)
+    predictions, broken, said = _judged(model, chunk, attacked, eps, began)
+    return {"pred": predictions.tolist(), "broken": broken.tolist(), **said}, attacked.x_adv[broken]
+
+
+def _staged(
+    model: nn.Module, chunk: Chunk, examiner: Staged, stage: str, standing: Tensor, eps: float
+) -> tuple[dict[str, Any], Tensor]:
+    """One stage on whom the former left standing in a chunk: who fell, and what they are now taken for."""
+    began, part = time.perf_counter(), chunk.part(standing)
+    attacked = examiner.stage(stage, model, part, eps) if len(standing) else Attacked(part.x, 0, 0)
+    predictions, broken, said = _judged(model, part, attacked, eps, began)
+    return {"fell": standing[broken].tolist(), "pred": predictions[broken].tolist(), **said}, attacked.x_adv[broken]
+
+
+def _judged(
+    model: nn.Module, chunk: Chunk, attacked: Attacked, eps: float, began: float
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What an attack achieved, verified: predictions, broken, and what its entry says beside."""
+    x_adv, forwards, backwards, warnings = attacked
+    if not len(chunk.x):
+        nobody = torch.zeros(0, dtype=torch.int64)
+        predictions, broken, invalid = nobody, nobody.bool(), 0
+    else:
+        predictions, broken, invalid = verified(model, chunk.x, x_adv, chunk.y, eps)
     if invalid:
         warnings = (*warnings, f"{invalid} examples lay outside the ball or [0, 1] and were not counted")
-    return {
-        "pred": predictions.tolist(), "broken": broken.tolist(), "forwards": forwards + len(chunk.x),
-        "backwards": backwards, "warnings": list(warnings), "stages": stages,
+    return predictions, broken, {
+        "forwards": forwards + len(chunk.x), "backwards": backwards, "warnings": list(warnings),
         "seconds": round(time.perf_counter() - began, 3),
     }  # fmt: skip
 
 
-@torch.no_grad()
-def verified(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor, int]:
-    """What an attack truly achieved: predictions (N,), broken (N,), and how many examples were not allowed.
-
-    Broken means misclassified by this very model in float32, at a point within eps of x (l-inf) and within [0, 1].
-    """
-    x_adv = x_adv.to(x)
-    predictions: Tensor = model(x_adv).argmax(dim=1)
-    far = (x_adv.double() - x.double()).abs().flatten(1).amax(dim=1)
-    low, high = x_adv.flatten(1).amin(dim=1), x_adv.flatten(1).amax(dim=1)
-    allowed = (far <= eps + TOLERANCE) & (low >= 0) & (high <= 1)  # NaN is in no interval
-    return predictions, (predictions != y) & allowed, int((~allowed).sum())
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What the ledger's entries say together.
-
-    Attributes:
-        table: One row an example: index, label, clean_pred, `<attack>.pred`, `<attack>.broken`.
-        stages: For each attack in several stages, how many examples each broke first.
-        warnings: Reasons for doubt.
-        costs: Forwards, backwards and seconds of each attack.
-    """
-
-    table: pd.DataFrame
-    stages: dict[str, dict[str, int]]
-    warnings: tuple[str, ...]
-    costs: dict[str, dict[str, float]]
-
-
 def _findings(task: Examination, ledger: Ledger) -> Findings:
     rows = task.rows()
-    columns: dict[str, Any] = {"index": rows, "label": task.data.y_test[rows].numpy()}
-    stages: dict[str, dict[str, int]] = {}
-    warnings: dict[str, None] = {}
-    costs: dict[str, dict[str, float]] = {}
-    for attack in ("clean", *task.protocol.attacks):
-        entries = [ledger.entries[c, attack] for c in range(-(-len(rows) // task.chunk))]
-        predictions = np.concatenate([np.asarray(e["pred"], dtype=np.int64) for e in entries])
-        if attack == "clean":
-            columns["clean_pred"] = predictions
-            continue
-        columns[f"{attack}.pred"] = predictions
-        columns[f"{attack}.broken"] = np.concatenate([np.asarray(e["broken"], dtype=bool) for e in entries])
-        costs[attack] = {key: sum(e[key] for e in entries) for key in ("forwards", "backwards", "seconds")}
-        warnings |= dict.fromkeys(f"{attack}: {w}" for e in entries for w in e["warnings"])
-        if entries[0]["stages"]:
-            stages[attack] = {stage: sum(e["stages"][stage] for e in entries) for stage in entries[0]["stages"]}
-    table = pd.DataFrame(columns)
-    return Findings(table, stages, (*warnings, *_black_box(stages, len(rows))), costs)
-
-
-def _black_box(stages: dict[str, dict[str, int]], n: int) -> list[str]:
-    """Square, which sees no gradient, breaking what gradients left: AutoAttack's own sign of masking (0.2 points)."""
-    more = {attack: broke["square"] for attack, broke in stages.items() if broke.get("square", 0) > max(1, 0.002 * n)}
-    return [
-        f"{attack}: Square broke {k} of {n} that white-box attacks left: gradients may be masked"
-        for attack, k in more.items()
-    ]
-
-
-def collapsed(table: pd.DataFrame) -> bool:
-    """Whether the network is no better, on clean examples, than always giving one answer: no defense, whatever stands.
-
-    A constant answer is right for the examples of its class under every attack, and would rank by that.
-    """
-    right, n = int((table["clean_pred"] == table["label"]).sum()), len(table)
-    commonest = table["label"].value_counts().iloc[0] / n
-    one_answer = table["clean_pred"].value_counts().iloc[0] / n > 0.99
-    return bool(n >= 50 and commonest < 0.9 and (one_answer or wilson(right, n)[0] <= commonest))
+    stages = {name: one.stages(task.data.classes) for name, one in task.examiners().items()}
+    return gathered(ledger, rows, task.data.y_test[rows].numpy(), stages)
 
 
 def _run(device: torch.device | str, seconds: float, found: Findings, ledger: Ledger) -> dict[str, Any]:

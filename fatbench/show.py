@@ -102,7 +102,7 @@ def _recipe(name: str) -> str:
 def _record(name: str) -> str:
     from fatbench.record import read
 
-    return json.dumps(read(Path(name)).model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False)
+    return json.dumps(read(Path(name)).said(), indent=1, ensure_ascii=False)
 
 
 def _checkpoint(name: str) -> str:
