@@ -268,6 +268,7 @@ PAPERS: dict[str, tuple[str, str, float, list[str], int]] = {
     "dat-2019": ("0.031", "uniform", 0.00775, FOUR, 10_000),
     "trades-2019": ("0.031", "natural", 0.003, FOUR, 10_000),
     "trades-2019-rs": ("0.031", "uniform", 0.003, THREE, 10_000),
+    "trades-2019-mnist": ("0.3", "uniform", 0.01, ["pgd-40"], 10_000),
     "mart-2020": ("8/255", "uniform", 0.8 / 255, THREE, 10_000),
     "mart-2020-script": ("0.031", "uniform", 0.003, THREE, 10_000),
     "fat-fig4": ("8/255", "uniform", 0.003, ["fgsm", "pgd-10", "pgd-20", "pgd-100", "cw-inf"], 10_000),
@@ -276,7 +277,7 @@ PAPERS: dict[str, tuple[str, str, float, list[str], int]] = {
     ),
     "fat-6.1-svhn": ("4/255", "uniform", 2 / 255, ["fgsm", "pgd-20", "pgd-100", "cw-inf", "pgd-20@8/255"], 26_032),
 }  # fmt: skip
-STEPS = {"fgsm": 1, "pgd-10": 10, "pgd-20": 20, "pgd-100": 100, "cw-inf": 30}
+STEPS = {"fgsm": 1, "pgd-10": 10, "pgd-20": 20, "pgd-40": 40, "pgd-100": 100, "cw-inf": 30}
 
 
 @pytest.mark.parametrize("name", PAPERS)
