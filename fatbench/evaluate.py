@@ -9,10 +9,12 @@ from __future__ import annotations
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from fatbench.evaluation import Attacked, Chunk, Evaluation, Staged, examiner, v
 from fatbench.files import digest, disk, locked
 from fatbench.findings import Findings, collapsed, gathered
 from fatbench.ledger import Ledger, Step
-from fatbench.protocol import Protocol
+from fatbench.protocol import Protocol, budget_of
 from fatbench.quantities import number
 from fatbench.record import Record, count, outcomes_hash, read, write
 
@@ -40,7 +42,7 @@ class Examination:
 
     Attributes:
         eps: As published.
-        n: The first n test examples; all where None.
+        n: The first n test examples; as many as the protocol says where None, and all where that is silent.
         balanced: A class-balanced draw of n instead.
         chunk: Examples attacked together.
     """
@@ -57,7 +59,7 @@ class Examination:
     def rows(self) -> np.ndarray:
         """The test examples' places, ascending."""
         total = len(self.data.y_test)
-        n = total if self.n is None else self.n
+        n = min(self.protocol.n or total, total) if self.n is None else self.n
         if not 1 <= n <= total:
             raise Refused(f"--n {n}: {self.data.info.name} has {total} test examples")
         if not self.balanced or n == total:
@@ -67,10 +69,33 @@ class Examination:
     def examiners(self) -> dict[str, Evaluation]:
         return {name: examiner(name, self.protocol.settings_for(name)) for name in self.protocol.attacks}
 
+    def eps_of(self, attack: str) -> float:
+        return number(budget_of(attack) or self.eps)
+
+    def meant(self) -> dict[str, dict[str, Any]]:
+        """Every setting of every attack, as the record tells it."""
+        told = {name: {"family": e.name, **asdict(e)} for name, e in self.examiners().items()}
+        for before, name in pairwise(("clean", *told) if self.protocol.standing else ()):
+            told[name]["standing_after"] = before
+        return told
+
+    def course(self) -> list[tuple[str, str]]:
+        """The (attack, stage) of each step on a chunk, in order; the first looks at the clean images."""
+        attacks = {name: one.stages(self.data.classes) or ("",) for name, one in self.examiners().items()}
+        return [(attack, stage) for attack, stages in {"clean": ("",), **attacks}.items() for stage in stages]
+
+    def former(self, step: Step) -> Step | None:
+        """The step whose survivors this one is given; None where it is given everyone."""
+        course = self.course()
+        here = course.index((step.attack, step.stage))
+        if not here or not (step.stage or self.protocol.standing):
+            return None
+        first = step.stage and course[here - 1][0] != step.attack and not self.protocol.standing
+        return Step(step.chunk, *course[0 if first else here - 1])
+
     def plan(self) -> dict[str, Any]:
         """Everything the result depends on, as plain JSON: its digest is the record's id."""
         protocol = self.protocol.model_dump(mode="json", include={"name", "version", "source"})
-        attacks = {name: {"family": e.name, **asdict(e)} for name, e in self.examiners().items()}
         rows = self.rows()
         rule = "all" if len(rows) == len(self.data.y_test) else "balanced" if self.balanced else "first"
         samples = {
@@ -78,7 +103,7 @@ class Examination:
             "classes": self.data.classes, "n": len(rows), "of": len(self.data.y_test), "rule": rule,
         }  # fmt: skip
         return {
-            "protocol": {**protocol, "attacks": attacks}, "network": _network(self.subject), "data": samples,
+            "protocol": {**protocol, "attacks": self.meant()}, "network": _network(self.subject), "data": samples,
             "eps": self.eps, "eps_value": number(self.eps), "seed": self.seed, "chunk": self.chunk, "norm": "linf",
         }  # fmt: skip
 
@@ -184,7 +209,7 @@ def _exact() -> Iterator[None]:
 def _examine(task: Examination, model: nn.Module, ledger: Ledger, device: torch.device | str) -> None:
     rows, examiners = task.rows(), task.examiners()
     parts = [rows[first : first + task.chunk] for first in range(0, len(rows), task.chunk)]
-    steps = _steps(len(parts), task)
+    steps = [Step(c, *what) for c in range(len(parts)) for what in task.course()]
     left = [step for step in steps if step not in ledger.entries]
     if ledger.resumed and left:
         console.stderr.print(f"resuming at {left[0]}: {ledger.resumed} of {len(steps)} steps are done", soft_wrap=True)
@@ -194,14 +219,12 @@ def _examine(task: Examination, model: nn.Module, ledger: Ledger, device: torch.
         for step in left:
             if chunk is None or current != step.chunk:
                 chunk, current = _chunk(task, parts[step.chunk], device), step.chunk
-            ledger.add(step, *_done(step, model, chunk, examiners.get(step.attack), number(task.eps), ledger))
+            run = partial(
+                _attacked, model, examiner=examiners.get(step.attack), step=step, eps=task.eps_of(step.attack)
+            )
+            former = task.former(step)
+            ledger.add(step, *(run(chunk) if former is None else _on_standing(chunk, ledger.entries[former], run)))
             bar.advance(f"{step} (of {len(parts)})")
-
-
-def _steps(chunks: int, task: Examination) -> list[Step]:
-    """All that is to be done, in order: chunk by chunk, so that what a kill leaves is whole chunks."""
-    attacks = {name: one.stages(task.data.classes) or ("",) for name, one in task.examiners().items()}
-    return [Step(c, a, s) for c in range(chunks) for a, stages in {"clean": ("",), **attacks}.items() for s in stages]
 
 
 def _chunk(task: Examination, rows: np.ndarray, device: torch.device | str) -> Chunk:
@@ -209,61 +232,41 @@ def _chunk(task: Examination, rows: np.ndarray, device: torch.device | str) -> C
     return Chunk(x, task.data.y_test[rows].to(device, torch.int64), rows, task.data.classes, task.seed)
 
 
-def _done(
-    step: Step, model: nn.Module, chunk: Chunk, examiner: Evaluation | None, eps: float, ledger: Ledger
-) -> tuple[dict[str, Any], Tensor]:
-    """A step's entry, and the examples it broke."""
-    if isinstance(examiner, Staged):
-        return _staged(model, chunk, examiner, step.stage, _standing(step, chunk, examiner, ledger), eps)
-    return _attacked(model, chunk, step.attack, examiner, eps)
+Outcome = tuple[dict[str, Any], Tensor]
 
 
-def _standing(step: Step, chunk: Chunk, examiner: Staged, ledger: Ledger) -> Tensor:
-    """(M,) the positions in a chunk of those whom neither the clean image nor an earlier stage misled."""
-    clean = torch.tensor(ledger.entries[Step(step.chunk, "clean")]["pred"], device=chunk.y.device)
-    stands = clean == chunk.y
-    stages = examiner.stages(chunk.classes)
-    for earlier in stages[: stages.index(step.stage)]:
-        stands[ledger.entries[step._replace(stage=earlier)]["fell"]] = False
-    return stands.nonzero().squeeze(1)
-
-
-def _attacked(
-    model: nn.Module, chunk: Chunk, name: str, examiner: Evaluation | None, eps: float
-) -> tuple[dict[str, Any], Tensor]:
-    """One attack on one chunk: predictions, and whom it broke."""
+def _attacked(model: nn.Module, chunk: Chunk, examiner: Evaluation | None, step: Step, eps: float) -> Outcome:
+    """One step on one chunk: its entry (predictions, whom it broke), and the examples that did."""
     began = time.perf_counter()
-    attacked = Attacked(chunk.x, 0, 0) if examiner is None else examiner.attack(model, chunk, eps)
-    predictions, broken, said = _judged(model, chunk, attacked, eps, began)
-    return {"pred": predictions.tolist(), "broken": broken.tolist(), **said}, attacked.x_adv[broken]
-
-
-def _staged(
-    model: nn.Module, chunk: Chunk, examiner: Staged, stage: str, standing: Tensor, eps: float
-) -> tuple[dict[str, Any], Tensor]:
-    """One stage on whom the former left standing in a chunk: who fell, and what they are now taken for."""
-    began, part = time.perf_counter(), chunk.part(standing)
-    attacked = examiner.stage(stage, model, part, eps) if len(standing) else Attacked(part.x, 0, 0)
-    predictions, broken, said = _judged(model, part, attacked, eps, began)
-    return {"fell": standing[broken].tolist(), "pred": predictions[broken].tolist(), **said}, attacked.x_adv[broken]
-
-
-def _judged(
-    model: nn.Module, chunk: Chunk, attacked: Attacked, eps: float, began: float
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """What an attack achieved, verified: predictions, broken, and what its entry says beside."""
-    x_adv, forwards, backwards, warnings = attacked
-    if not len(chunk.x):
-        nobody = torch.zeros(0, dtype=torch.int64)
-        predictions, broken, invalid = nobody, nobody.bool(), 0
+    if examiner is None:
+        attacked = Attacked(chunk.x, 0, 0)
+    elif isinstance(examiner, Staged):
+        attacked = examiner.stage(step.stage, model, chunk, eps)
     else:
-        predictions, broken, invalid = verified(model, chunk.x, x_adv, chunk.y, eps)
+        attacked = examiner.attack(model, chunk, eps)
+    x_adv, forwards, backwards, warnings = attacked
+    predictions, broken, invalid = verified(model, chunk.x, x_adv, chunk.y, eps)
     if invalid:
         warnings = (*warnings, f"{invalid} examples lay outside the ball or [0, 1] and were not counted")
-    return predictions, broken, {
+    entry = {
+        "pred": predictions.tolist(), "broken": broken.tolist(), "fell": broken.nonzero().squeeze(1).tolist(),
         "forwards": forwards + len(chunk.x), "backwards": backwards, "warnings": list(warnings),
         "seconds": round(time.perf_counter() - began, 3),
     }  # fmt: skip
+    return entry, x_adv[broken]
+
+
+def _on_standing(chunk: Chunk, former: dict[str, Any], run: Callable[[Chunk], Outcome]) -> Outcome:
+    """A step on whom the former left standing; the others stay as fallen as they were."""
+    predictions, broken = np.asarray(former["pred"]), np.asarray(former["broken"])
+    standing = np.flatnonzero(~broken)
+    if not len(standing):
+        idle = {"fell": [], "forwards": 0, "backwards": 0, "warnings": [], "seconds": 0.0}
+        return {"pred": former["pred"], "broken": former["broken"], **idle}, chunk.x[:0]
+    entry, examples = run(chunk.part(standing))
+    predictions[standing], broken[standing] = entry["pred"], entry["broken"]
+    fell = standing[entry["fell"]].tolist()
+    return {**entry, "pred": predictions.tolist(), "broken": broken.tolist(), "fell": fell}, examples
 
 
 def _findings(task: Examination, ledger: Ledger) -> Findings:

@@ -73,10 +73,11 @@ class Chunk:
         """Random starts keyed by (seed, kind of start, restart, example): never by attack name, batch or rank."""
         return Draws(("evaluation", self.seed), self.indices).restart(restart)
 
-    def part(self, which: Tensor) -> Chunk:
-        """Some of its examples, `which` (M,) their positions in it."""
-        rows = which.cpu().numpy()
-        return replace(self, x=self.x[which], y=self.y[which], indices=self.indices[rows], scratch={})
+    def part(self, which: np.ndarray) -> Chunk:
+        """Some of its examples, by place; an example's starts stay its own."""
+        rows = torch.as_tensor(which, device=self.x.device)
+        x, y, indices = self.x[rows].contiguous(), self.y[rows], self.indices[which]
+        return replace(self, x=x, y=y, indices=indices, scratch={})
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Staged(Evaluation):
             standing = (~broken).nonzero().squeeze(1)
             if not len(standing):
                 break
-            part = chunk.part(standing)
+            part = chunk.part(standing.cpu().numpy())
             found = self.stage(stage, model, part, eps)
             fell = verified(model, part.x, found.x_adv, part.y, eps)[1]
             x_adv[standing[fell]], broken[standing[fell]] = found.x_adv[fell], True
@@ -146,12 +147,12 @@ def verified(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, eps: float) 
 
 
 def examiner(attack: str, settings: dict[str, Any]) -> Evaluation:
-    """The examiner of an attack's name: `fgsm`, `cw-inf`, `autoattack`, or with its steps, `pgd-20`.
+    """The examiner of an attack's name: `fgsm`, `cw-inf`, `autoattack`, or with its steps, `pgd-20`, `pgd-20@16/255`.
 
     Raises:
         Refused: nobody has that name, or a setting does not fit.
     """
-    name = attack.lower().replace("_", "-")
+    name = attack.partition("@")[0].lower().replace("_", "-")
     if name in evaluations:
         return _built(name, dict(settings))
     family, _, steps = name.rpartition("-")

@@ -34,31 +34,27 @@ class Findings:
     @property
     def after(self) -> dict[str, dict[str, int]]:
         """For each attack in several stages, how many examples were still right after each."""
-        right = int((self.table["clean_pred"] == self.table["label"]).sum())
+        right = {attack: int((self.table[f"{attack}.stage"] != 0).sum()) for attack in self.stages}
         return {
-            attack: {stage: right - fallen for stage, fallen in zip(broke, accumulate(broke.values()), strict=True)}
+            attack: {stage: right[attack] - fell for stage, fell in zip(broke, accumulate(broke.values()), strict=True)}
             for attack, broke in self.stages.items()
         }
 
 
 def gathered(ledger: Ledger, rows: np.ndarray, labels: np.ndarray, attacks: Mapping[str, tuple[str, ...]]) -> Findings:
     """The findings on these examples; `attacks` names each attack's stages, () where it has none."""
-    chunks = 1 + max(step.chunk for step in ledger.entries)
-    clean = _joined(ledger, chunks, "clean", "pred")
-    columns: dict[str, Any] = {"index": rows, "label": labels, "clean_pred": clean}
+    columns: dict[str, Any] = {"index": rows, "label": labels, "clean_pred": _joined(ledger, "clean", "", "pred")}
     broke: dict[str, dict[str, int]] = {}
     costs: dict[str, dict[str, Any]] = {}
     for attack, stages in attacks.items():
+        last = stages[-1] if stages else ""  # a stage's entry says what the former ones left too
+        columns[f"{attack}.pred"] = _joined(ledger, attack, last, "pred")
+        columns[f"{attack}.broken"] = _joined(ledger, attack, last, "broken").astype(bool)
+        costs[attack] = _cost(ledger, attack, stages or ("",))
         if stages:
-            columns |= _staged(ledger, chunks, attack, stages, clean, labels)
-            fell = columns[f"{attack}.stage"]
+            fell = columns[f"{attack}.stage"] = _broken_by(ledger, attack, stages)
             broke[attack] = {stage: int((fell == k).sum()) for k, stage in enumerate(stages, start=1)}
-        else:
-            columns[f"{attack}.pred"] = _joined(ledger, chunks, attack, "pred")
-            columns[f"{attack}.broken"] = _joined(ledger, chunks, attack, "broken").astype(bool)
-        costs[attack] = _cost(ledger, [(attack, stage) for stage in stages or ("",)])
-        if stages:
-            costs[attack]["stages"] = {stage: _cost(ledger, [(attack, stage)]) for stage in stages}
+            costs[attack]["stages"] = {stage: _cost(ledger, attack, (stage,)) for stage in stages}
     told = ((step.attack, warning) for step, entry in ledger.entries.items() for warning in entry["warnings"])
     order = list(attacks)
     heard = sorted(dict.fromkeys(t for t in told if t[0] in attacks), key=lambda t: order.index(t[0]))
@@ -66,27 +62,29 @@ def gathered(ledger: Ledger, rows: np.ndarray, labels: np.ndarray, attacks: Mapp
     return Findings(pd.DataFrame(columns), broke, (*warnings, *_black_box(broke, len(rows))), costs)
 
 
-def _joined(ledger: Ledger, chunks: int, attack: str, what: str) -> np.ndarray:
-    return np.concatenate([np.asarray(ledger.entries[Step(c, attack)][what], dtype=np.int64) for c in range(chunks)])
+def _of(ledger: Ledger, attack: str, stage: str) -> list[dict[str, Any]]:
+    """A step's entries, chunk by chunk."""
+    chunks = 1 + max(step.chunk for step in ledger.entries)
+    return [ledger.entries[Step(c, attack, stage)] for c in range(chunks)]
 
 
-def _staged(
-    ledger: Ledger, chunks: int, attack: str, stages: tuple[str, ...], clean: np.ndarray, labels: np.ndarray
-) -> dict[str, np.ndarray]:
-    """An attack's columns: an example that stands is predicted as when it was clean."""
-    pred, stage = clean.copy(), np.where(clean != labels, 0, -1)
-    first = 0
-    for c in range(chunks):
-        for k, name in enumerate(stages, start=1):
-            entry = ledger.entries[Step(c, attack, name)]
-            fell = first + np.asarray(entry["fell"], dtype=np.int64)
-            pred[fell], stage[fell] = entry["pred"], k
-        first += len(ledger.entries[Step(c, "clean")]["pred"])
-    return {f"{attack}.pred": pred, f"{attack}.broken": stage >= 0, f"{attack}.stage": stage}
+def _joined(ledger: Ledger, attack: str, stage: str, what: str) -> np.ndarray:
+    return np.concatenate([np.asarray(entry[what], dtype=np.int64) for entry in _of(ledger, attack, stage)])
 
 
-def _cost(ledger: Ledger, parts: list[tuple[str, str]]) -> dict[str, Any]:
-    entries = [e for step, e in ledger.entries.items() if (step.attack, step.stage) in parts]
+def _broken_by(ledger: Ledger, attack: str, stages: tuple[str, ...]) -> np.ndarray:
+    """(N,) which stage broke each example first, from 1; 0 where it was broken before, -1 where it stands."""
+    by = np.where(_joined(ledger, attack, stages[-1], "broken") > 0, 0, -1)
+    for k, stage in enumerate(stages, start=1):
+        first = 0
+        for entry in _of(ledger, attack, stage):
+            by[first + np.asarray(entry["fell"], dtype=np.int64)] = k
+            first += len(entry["pred"])
+    return by
+
+
+def _cost(ledger: Ledger, attack: str, stages: tuple[str, ...]) -> dict[str, Any]:
+    entries = [entry for stage in stages for entry in _of(ledger, attack, stage)]
     return {key: round(sum(e[key] for e in entries), 3) for key in ("forwards", "backwards", "seconds")}
 
 

@@ -131,7 +131,7 @@ def test_every_stage_alone_breaks_whom_it_breaks_in_the_library(
     chunk = whole(digits, slice(0, 64))
     right = (net(chunk.x).argmax(dim=1) == chunk.y).nonzero().squeeze(1)
     theirs, _ = stock(net, chunk, 0.2, "plus", attacks_to_run=[attack])
-    part = chunk.part(right)
+    part = chunk.part(right.numpy())
     found = AutoAttack("plus").stage(attack, net, part, 0.2)
     broken = verified(net, part.x, found.x_adv, part.y, 0.2)[1]
     assert 0 < broken.sum() < len(broken)
@@ -142,7 +142,7 @@ def test_the_fallen_cost_nothing_more(net: nn.Module, digits: data.Data, small: 
     net.requires_grad_(False)
     chunk = whole(digits, slice(0, 64))
     right = (net(chunk.x).argmax(dim=1) == chunk.y).nonzero().squeeze(1)
-    part = chunk.part(right)
+    part = chunk.part(right.numpy())
 
     def spent(stage: str, eps: float) -> int:
         return int(AutoAttack().stage(stage, net, part, eps).backwards)
