@@ -282,9 +282,9 @@ def test_what_is_done_is_not_done_again(task: Examination, tmp_path: Path, monke
     cut_short(task, tmp_path, 12)
     asked = []
 
-    def watched(model: nn.Module, chunk: Chunk, *, examiner: Any, eps: float) -> dict[str, Any]:
+    def watched(model: nn.Module, chunk: Chunk, *, examiner: Any, **rest: Any) -> Any:
         asked.append((int(chunk.indices[0]), examiner.name, examiner.steps))
-        return attacked(model, chunk, examiner=examiner, eps=eps)
+        return attacked(model, chunk, examiner=examiner, **rest)
 
     attacked = harness._attacked
     monkeypatch.setattr(harness, "_attacked", watched)
