@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,6 +24,9 @@ class AutoAttack(Staged):
 
     def stages(self, classes: int) -> tuple[str, ...]:
         return stages(self.version, classes)
+
+    def bounding(self, classes: int) -> tuple[str, ...]:
+        return tuple(takewhile(lambda stage: stage.startswith("apgd"), self.stages(classes)))
 
     def stage(self, stage: str, model: nn.Module, chunk: Chunk, eps: float) -> Attacked:
         while True:

@@ -293,3 +293,12 @@ def looked_at(network: nn.Module, version: Version, x: Tensor, y: Tensor) -> Non
         checks.check_randomized(network, x, y, bs=len(x), logger=logger)
     checks.check_range_output(network, x, logger=logger)
     checks.check_dynamic(network, x[:8], logger=logger)  # it keeps a graph, and a few images show as much as many
+
+
+def takes_gradients(model: nn.Module, x: Tensor) -> bool:
+    """Whether the network takes gradients while it answers, by the library's own check."""
+    from pyautoattack import checks
+
+    with guarded(model, x):
+        checks.check_dynamic(model, x, logger=logging.getLogger("auto-attack"))
+        return any(checks.funcs.values())

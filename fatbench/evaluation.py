@@ -110,6 +110,10 @@ class Staged(Evaluation):
     def stages(self, classes: int) -> tuple[str, ...]:
         raise NotImplementedError(f"{type(self).__name__} must name its stages")
 
+    def bounding(self, classes: int) -> tuple[str, ...]:
+        """The first stages, after which accuracy is a close upper bound already; all of them unless it says."""
+        return self.stages(classes)
+
     def stage(self, stage: str, model: nn.Module, chunk: Chunk, eps: float) -> Attacked:
         """As `attack`, of one stage; everyone in the chunk is still classified rightly."""
         raise NotImplementedError(f"{type(self).__name__} must say what a stage does")

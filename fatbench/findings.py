@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from fatbench.doubts import square_below_white_box
 from fatbench.ledger import Ledger, Step
 from fatbench.stats import wilson
 
@@ -23,12 +24,14 @@ class Findings:
             stages `<attack>.stage`: which broke it first, from 1; 0 where it was wrong before, -1 where it stands.
         stages: For each attack in several stages, how many examples each broke first.
         warnings: Reasons for doubt.
+        doubts: What each check for gradient masking saw, {fired, said}; none where nothing was asked.
         costs: Forwards, backwards and seconds of each attack, and of its stages.
     """
 
     table: pd.DataFrame
     stages: dict[str, dict[str, int]]
     warnings: tuple[str, ...]
+    doubts: dict[str, dict[str, Any]]
     costs: dict[str, dict[str, Any]]
 
     @property
@@ -41,11 +44,17 @@ class Findings:
         }
 
 
-def gathered(ledger: Ledger, rows: np.ndarray, labels: np.ndarray, attacks: Mapping[str, tuple[str, ...]]) -> Findings:
-    """The findings on these examples; `attacks` names each attack's stages, () where it has none."""
+def gathered(
+    ledger: Ledger, rows: np.ndarray, labels: np.ndarray, attacks: Mapping[str, tuple[str, ...]], *, checked: bool
+) -> Findings:
+    """The findings on these examples; `attacks` names each attack's stages, () where it has none.
+
+    The ledger may hold more, of an examination that went further.
+    """
     columns: dict[str, Any] = {"index": rows, "label": labels, "clean_pred": _joined(ledger, "clean", "", "pred")}
     broke: dict[str, dict[str, int]] = {}
     costs: dict[str, dict[str, Any]] = {}
+    doubts = {step.stage: e["doubt"] for step, e in ledger.entries.items() if checked and "doubt" in e}
     for attack, stages in attacks.items():
         last = stages[-1] if stages else ""  # a stage's entry says what the former ones left too
         columns[f"{attack}.pred"] = _joined(ledger, attack, last, "pred")
@@ -55,11 +64,21 @@ def gathered(ledger: Ledger, rows: np.ndarray, labels: np.ndarray, attacks: Mapp
             fell = columns[f"{attack}.stage"] = _broken_by(ledger, attack, stages)
             broke[attack] = {stage: int((fell == k).sum()) for k, stage in enumerate(stages, start=1)}
             costs[attack]["stages"] = {stage: _cost(ledger, attack, (stage,)) for stage in stages}
-    told = ((step.attack, warning) for step, entry in ledger.entries.items() for warning in entry["warnings"])
+    told = (
+        (step.attack, warning) for step, entry in ledger.entries.items()
+        if step.stage in (attacks.get(step.attack, ()) or ("",)) and step.attack in attacks
+        for warning in entry["warnings"]
+    )  # fmt: skip
     order = list(attacks)
-    heard = sorted(dict.fromkeys(t for t in told if t[0] in attacks), key=lambda t: order.index(t[0]))
+    heard = sorted(dict.fromkeys(told), key=lambda t: order.index(t[0]))
     warnings = [f"{attack}: {warning}" for attack, warning in heard]
-    return Findings(pd.DataFrame(columns), broke, (*warnings, *_black_box(broke, len(rows))), costs)
+    warnings += [f"{name}: {doubt['said']}" for name, doubt in doubts.items() if doubt["fired"]]
+    for attack, fell_to in broke.items():
+        if "square" in fell_to:
+            black_box = square_below_white_box(fell_to, len(rows))
+            warnings += [f"{attack}: {black_box.said}: gradients may be masked"] if black_box.fired else []
+            doubts |= {"square-below-white-box": asdict(black_box)} if doubts else {}
+    return Findings(pd.DataFrame(columns), broke, tuple(warnings), doubts, costs)
 
 
 def _of(ledger: Ledger, attack: str, stage: str) -> list[dict[str, Any]]:
@@ -86,15 +105,6 @@ def _broken_by(ledger: Ledger, attack: str, stages: tuple[str, ...]) -> np.ndarr
 def _cost(ledger: Ledger, attack: str, stages: tuple[str, ...]) -> dict[str, Any]:
     entries = [entry for stage in stages for entry in _of(ledger, attack, stage)]
     return {key: round(sum(e[key] for e in entries), 3) for key in ("forwards", "backwards", "seconds")}
-
-
-def _black_box(stages: dict[str, dict[str, int]], n: int) -> list[str]:
-    """Square, which sees no gradient, breaking what gradients left: AutoAttack's own sign of masking (0.2 points)."""
-    more = {attack: broke["square"] for attack, broke in stages.items() if broke.get("square", 0) > max(1, 0.002 * n)}
-    return [
-        f"{attack}: Square broke {k} of {n} that white-box attacks left: gradients may be masked"
-        for attack, k in more.items()
-    ]
 
 
 def collapsed(table: pd.DataFrame) -> bool:

@@ -69,6 +69,13 @@ class Samples(Strict):
     rule: Literal["all", "first", "balanced"] = Field(description="which: all, the first n, or a class-balanced draw")
 
 
+class Doubt(Strict):
+    """One check for gradient masking."""
+
+    fired: bool = Field(description="whether robustness is in doubt")
+    said: str = Field(description="what was seen, one line")
+
+
 class Result(Strict):
     """What was found; hashed."""
 
@@ -88,6 +95,18 @@ class Result(Strict):
     after: dict[str, dict[str, int]] = Field(
         default_factory=dict, description="examples still right after each stage of an attack"
     )
+    bound: bool = Field(
+        default=False, description="an upper bound: a part of the protocol was left out; never ranked as final"
+    )
+    checked: bool = Field(default=False, description="whether the network was looked at for gradient masking")
+    doubts: dict[str, Doubt] = Field(default_factory=dict, description="the checks for gradient masking, by name")
+    masking: tuple[str, ...] | None = Field(
+        default=None, description="the verdict: the checks that fired; null where none was made"
+    )
+    surrogate: str | None = Field(default=None, description="sha256 of the network that attacks were transferred from")
+    attack_precision: Literal["float32", "bf16"] = Field(
+        default="float32", description="what attacks were made in; what they found counts in float32 alone"
+    )
 
     @model_validator(mode="after")
     def _adds_up(self) -> Result:
@@ -96,6 +115,8 @@ class Result(Strict):
                 raise ValueError(f"{name}: {right} of {self.data.n} right is not {self.accuracies.get(name)}")
         if self.correct.keys() != self.accuracies.keys():
             raise ValueError("accuracies and counts name different attacks")
+        if self.doubts and set(self.masking or ()) != {name for name, doubt in self.doubts.items() if doubt.fired}:
+            raise ValueError("the verdict on masking is not what its checks say")
         return self
 
 

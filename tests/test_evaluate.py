@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fatbench import checkpoint, data, files, findings, record
+from fatbench import checkpoint, data, examination, examine, files, findings, record
 from fatbench import evaluate as harness
 from fatbench import ledger as ledgers
 from fatbench.catalogue import Dataset
 from fatbench.checkpoint import Subject
 from fatbench.errors import Refused
-from fatbench.evaluate import Examination, evaluate, verified
-from fatbench.evaluation import Attacked, Chunk, Evaluation, Staged, examiner
+from fatbench.evaluate import Examination, evaluate
+from fatbench.evaluation import Attacked, Chunk, Evaluation, Staged, examiner, verified
 from fatbench.models import DigitsCNN
 from fatbench.protocol import Protocol
 from fatbench.record import Record
@@ -119,7 +119,7 @@ def asking(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Protocol]:
     """A protocol of scripted attacks: asking(flip=function)."""
 
     def make(**attacks: Attack | dict[str, Attack]) -> Protocol:
-        monkeypatch.setattr(harness, "examiner", lambda name, settings: scripted(attacks[name]))
+        monkeypatch.setattr(examination, "examiner", lambda name, settings: scripted(attacks[name]))
         return QUICK.only(list(attacks))
 
     return make
@@ -282,14 +282,14 @@ def test_what_is_done_is_not_done_again(task: Examination, tmp_path: Path, monke
     cut_short(task, tmp_path, 12)
     asked = []
 
-    def watched(model: nn.Module, chunk: Chunk, *, examiner: Any, **rest: Any) -> Any:
-        asked.append((int(chunk.indices[0]), examiner.name, examiner.steps))
-        return attacked(model, chunk, examiner=examiner, **rest)
+    def watched(self: Any, step: ledgers.Step, chunk: Chunk) -> Any:
+        asked.append((int(chunk.indices[0]), step.attack))
+        return attacked(self, step, chunk)
 
-    attacked = harness._attacked
-    monkeypatch.setattr(harness, "_attacked", watched)
+    attacked = examine._Bench.attacked
+    monkeypatch.setattr(examine._Bench, "attacked", watched)
     evaluate(task, tmp_path)
-    assert asked == [(16, "pgd", 3), (16, "pgd", 10), (16, "cw-inf", 4)]
+    assert asked == [(16, "pgd-3"), (16, "pgd-10"), (16, "cw-inf")]
 
 
 def test_a_line_cut_within_a_letter_is_left_out(asking: Callable[..., Protocol], tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_another_examinations_ledger_is_refused_and_kept(task: Examination, tmp_
 def test_a_finished_record_is_left_as_it_is(task: Examination, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = evaluate(task, tmp_path)
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
-    monkeypatch.setattr(harness, "_attacked", lambda *_: pytest.fail("examined again"))
+    monkeypatch.setattr(harness, "examine", lambda *_: pytest.fail("examined again"))
     assert evaluate(task, tmp_path) == done
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == before
 
@@ -517,7 +517,7 @@ def test_an_unfinished_network_is_examined_and_says_so(task: Examination, net: n
 def test_a_failed_network_gets_no_number(
     task: Examination, net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness, "_attacked", lambda *_: pytest.fail("examined"))
+    monkeypatch.setattr(harness, "examine", lambda *_: pytest.fail("examined"))
     failed = replace(task, subject=subject(net, status="failed: the loss was not finite at epoch 1, batch 2"))
     done = evaluate(failed, tmp_path)
     assert done.result.network.status == "failed: the loss was not finite at epoch 1, batch 2"
@@ -752,7 +752,7 @@ def test_whoever_examines_them_the_same_examples_get_the_same_attack(
             seen.setdefault(where, []).append(moved - image)
         return verified(model, x, x_adv, y, eps)
 
-    monkeypatch.setattr(harness, "verified", watched)
+    monkeypatch.setattr(examine, "verified", watched)
     still = QUICK.only(["pgd-1"]).model_copy(update={"families": {"pgd": {"step_size": "0"}}})
     for options in ({"n": 20, "chunk": 8}, {"n": 9, "chunk": 2}, {"n": 11, "balanced": True}):
         evaluate(replace(task, protocol=still, **{"balanced": False, **options}), tmp_path)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fatbench import checkpoint, data, record
-from fatbench import evaluate as harness
+from fatbench import checkpoint, data, examination, record
 from fatbench.checkpoint import Subject
 from fatbench.defense import build
 from fatbench.evaluate import Examination, evaluate
@@ -129,8 +128,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Protocol, d
     def make(standing: bool = True, **breaks: set[int]) -> tuple[Protocol, dict[str, list[list[int]]]]:
         shown: dict[str, list[list[int]]] = {name: [] for name in breaks}
         made = {name: Seen(places, shown[name]) for name, places in breaks.items()}
-        monkeypatch.setattr(harness, "examiner", lambda name, settings: made[name])
-        monkeypatch.setattr(harness, "asdict", lambda e: {})
+        monkeypatch.setattr(examination, "examiner", lambda name, settings: made[name])
+        monkeypatch.setattr(examination, "asdict", lambda e: {})
         return said(*breaks, standing=standing), shown
 
     return make
@@ -172,8 +171,8 @@ def test_an_attack_in_stages_begins_with_whom_the_former_attack_left_standing(
             return made(stage).attack(model, chunk, eps)
 
     shown: dict[str, list[list[int]]] = {"first": [], "one": [], "two": []}
-    monkeypatch.setattr(harness, "examiner", lambda name, settings: made("first") if name == "first" else Two())
-    monkeypatch.setattr(harness, "asdict", lambda e: {})
+    monkeypatch.setattr(examination, "examiner", lambda name, settings: made("first") if name == "first" else Two())
+    monkeypatch.setattr(examination, "asdict", lambda e: {})
     world = grey([0.45, 0.45, 0.45, 0.45, 0.55], [0, 0, 0, 0, 0])
     for standing, one, two in ((True, [[1, 2, 3]], [[2, 3]]), (False, [[0, 1, 2, 3]], [[2, 3]])):
         protocol = said("first", "staged", standing=standing)
