@@ -189,9 +189,11 @@ def _resolved(
         place[key] = value
     if open_ := {k: values for k, values in page.sweep.items() if k not in said and k not in said["fields"]}:
         raise Refused(_unchosen(recipe, open_))
-    if "dataset" in page.settings and said["dataset"] != page.settings["dataset"]:
-        said.setdefault("shape", shape_of(str(page.settings["dataset"])))  # kept: own data tells its shape when loaded
-    settings = _validated(_with_defaults(said))
+    said = _with_defaults(said)
+    own = str(page.settings.get("dataset", ""))
+    if own and said["dataset"] not in (own, own.lower().replace("_", "-")):
+        said.setdefault("shape", shape_of(own))  # kept: a user's data tells its shape when it is loaded
+    settings = _validated(said)
     fits(settings, shape_of(settings.dataset), settings.dataset)
     return settings
 
