@@ -25,7 +25,7 @@ from fatbench.recipe import Settings
 from fatbench.trainer import Run, fabric_on
 
 STEPS = 2  # of the attack, in the longer of the two timed updates
-REPEATS = 3  # at most, and the fastest counts: others may be at work on this machine
+REPEATS = 20  # at most, within SECONDS; the fastest counts: others may be at work on this machine
 SECONDS = 1.0  # for an update, on a CPU, and to repeat within
 CPU_EXAMPLES = 512
 
@@ -104,7 +104,7 @@ def estimate(settings: Settings, *, device: str = "auto") -> Estimate:
         memory=_memory(run, activations),
         timed=(
             f"updates of {n} examples on {_named(run.device)} took {bare[0]:.3g} s without an attack and "
-            f"{attacked[0]:.3g} s with {STEPS} steps of one (the fastest of up to {REPEATS}); scaled by examples and "
+            f"{attacked[0]:.3g} s with {STEPS} steps of one (the fastest of a few); scaled by examples and "
             f"steps. Memory was counted, for a batch of {batch}."
             + (f" The pixels were made up, in {_shape(loaded)}." if loaded.info.shape else "")
         ),
