@@ -86,6 +86,9 @@ def train(
     devices: Devices = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Throw away the run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the settings and what they would cost; needs no data.")
+    ] = False,
 ) -> None:
     """Train a defense into a run folder: settings, metrics, last and best checkpoint."""
     from fatbench.recipe import resolve
@@ -96,6 +99,12 @@ def train(
     if resume and out and not (defense or recipe) and (out / "settings.toml").exists():
         recipe = str(out / "settings.toml")
     settings = resolve(defense, recipe=recipe, sets=sets or (), **options)
+    if dry_run:
+        from fatbench.estimate import estimate
+        from fatbench.show import told_settings
+
+        typer.echo(f"{told_settings(settings)}\n\n{estimate(settings, device=device)}")
+        return
     folder = out or Path("runs") / f"{settings.defense}-{Path(settings.dataset).stem}-seed{settings.seed}"
 
     from fatbench import trainer
@@ -201,7 +210,7 @@ def _catalogue(kind: Kind) -> dict[str, Callable[[], str]]:
     if kind is Kind.protocols:
         return {name: partial(_said, lambda name: protocol.load(name).summary, name) for name in protocol.shelf()}
     if kind is Kind.recipes:
-        return {name: partial(_said, lambda name: recipe.read(name).get("source", ""), name) for name in recipe.shelf()}
+        return {name: partial(_said, lambda name: recipe.load(name).summary, name) for name in recipe.shelf()}
     known = NETWORKS if kind is Kind.models else {name: info.summary for name, info in DATASETS.items()}
     return {name: partial(str, text) for name, text in known.items()}
 

@@ -1,9 +1,9 @@
 """A network as crafting wants it: each BatchNorm folded into the convolution before it, channels last, in one type.
 
 In eval mode BatchNorm is a scale and a shift a channel, which the convolution before it can do itself:
-w' = w g / s, b' = (b - m) g / s + c, with running mean m, s = sqrt(variance + 1e-5), weight g and bias c. The logits are
-the network's own to rounding, and neither pass pays for BatchNorm. It is done for the networks of fatbench/models.py
-alone: anybody else's code may do what tracing cannot see, and is run as it is.
+w' = w g / s, b' = (b - m) g / s + c, with running mean m, s = sqrt(variance + 1e-5), weight g and bias c. The logits
+are the network's own to rounding, and neither pass pays for BatchNorm. It is done for the networks of
+fatbench/models.py alone: anybody else's code may do what tracing cannot see, and is run as it is.
 """
 
 from __future__ import annotations

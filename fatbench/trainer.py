@@ -148,6 +148,7 @@ class Run:
         self.settings, self.out, self.fabric = settings, out, fabric
         self.device = fabric.device
         self.defense: Defense = recipe.contestant(settings)
+        recipe.fits(settings, loaded.shape, loaded.info.name)
         channels, height, width = loaded.shape
         if height != width and settings.arch == "small-cnn":
             raise Refused(f"small-cnn takes square images, {loaded.info.name} has {height}x{width}: use another --arch")
