@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,3 +92,14 @@ NETWORKS: dict[str, str] = {
     "wrn-40-4": "WRN-40-4, 9.4 M parameters, 0.4 M of them unused",
     "wrn-58-10": "WRN-58-10, 88.8 M parameters, 3.9 M of them unused",
 }
+
+
+def family(arch: str) -> str:
+    """Networks that are one bear one name: wrn-34-10 is wrn-32-10 beside a block that nothing passes through.
+
+    >>> family("wrn-32-10"), family("WideResNet-34-10"), family("WideResNet-28-10"), family("ResNet-18")
+    ('wrn-32/34-10', 'wrn-32/34-10', 'wrn-28-10', 'resnet-18')
+    """
+    wide = re.fullmatch(r"(?:WideResNet|WRN)-(\d+-\d+)", arch, re.IGNORECASE)
+    name = f"wrn-{wide[1]}" if wide else arch.lower() if arch.lower() in NETWORKS else arch
+    return "wrn-32/34-10" if name in ("wrn-32-10", "wrn-34-10") else name

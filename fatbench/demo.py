@@ -51,5 +51,5 @@ def demo(
             examination = Examination(subject, digits, protocol.load(protocol.DEFAULT), eps)
             records.append(evaluate(examination, out / "records", device=where))
             stderr.print(leaderboard.summary(records[-1]), soft_wrap=True)
-    leaderboard.publish(leaderboard.gather(out / "records"), out)
+    leaderboard.publish(leaderboard.board(leaderboard.gather(out / "records")), out)
     return records

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from fatbench import leaderboard, record
+from fatbench import beside, faces, leaderboard, record
 from fatbench.errors import Refused
 from fatbench.quantities import number
 from fatbench.record import Record
@@ -85,7 +85,7 @@ def put(tmp_path: Path) -> Write:
 @pytest.fixture
 def tables(tmp_path: Path) -> Callable[[], dict[tuple[str, ...], pd.DataFrame]]:
     """The tables of all that was put."""
-    return lambda: leaderboard.tables(leaderboard.gather(tmp_path / "records"))
+    return lambda: leaderboard.tables(leaderboard.board(leaderboard.gather(tmp_path / "records")))
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def published(tmp_path: Path) -> Callable[..., Path]:
     """The folder of the tables of all that was put."""
 
     def publish(name: str = "board") -> Path:
-        leaderboard.publish(leaderboard.gather(tmp_path / "records"), tmp_path / name)
+        leaderboard.publish(leaderboard.board(leaderboard.gather(tmp_path / "records")), tmp_path / name)
         return tmp_path / name
 
     return publish
@@ -133,7 +133,7 @@ def test_a_budget_printed_otherwise_shares_the_table_and_is_marked(put: Write, t
     put(eps="0.031")
     put(eps="0.0314")
     (table,) = tables().values()
-    shown = leaderboard.cells(table)
+    shown = faces.cells(table)
     marks = dict(zip(table["eps"], shown["eps train"], strict=True))
     assert marks == {"8/255": "8/255", "0.031": "0.031 (tested at 0.031)", "0.0314": "0.0314 (tested at 0.0314)"}
 
@@ -151,11 +151,13 @@ def test_the_index_names_every_table_and_every_table_has_its_files(put: Write, t
     board = published()
     lines = (board / "index.md").read_text().splitlines()
     assert lines[:2] == ["# Leaderboards", ""]
-    assert lines[2:] == [
-        f"- [{leaderboard.heading(key)}]({leaderboard.slug(key)}.md), 1 rows ([csv]({leaderboard.slug(key)}.csv))"
+    side = "[digits, linf, eps 8/255, all protocols](digits-linf-8_255.md), 2 rows of all protocols and sources"
+    assert lines[2] == f"- {side} side by side ([csv](digits-linf-8_255.csv))"
+    assert lines[3:] == [
+        f"- [{faces.heading(key)}]({leaderboard.slug(key)}.md), 1 rows ([csv]({leaderboard.slug(key)}.csv))"
         for key in tables()
     ]
-    stems = {leaderboard.slug(key) for key in tables()}
+    stems = {leaderboard.slug(key) for key in [*tables(), ("digits", "linf", "8/255")]}
     assert {path.name for path in board.iterdir()} == {f"{stem}.{end}" for stem in stems for end in ("md", "csv")} | {
         "index.md"
     }
@@ -195,7 +197,7 @@ def test_who_is_examined_under_fewer_attacks_is_not_ranked(put: Write, tables: A
     table = tables()[DIGITS]
     assert table["defense"].tolist() == ["fat", "standard", "mart"]
     assert table["rank"].tolist() == [1, pd.NA, pd.NA]
-    shown = leaderboard.cells(table)
+    shown = faces.cells(table)
     assert shown["#"].tolist() == ["1", "–", "–"]
     assert shown["PGD-20"].tolist()[1] == "–"
     assert shown["FGSM"].tolist()[2] == "–"
@@ -215,7 +217,7 @@ def test_a_failed_or_unfinished_run_has_a_row_and_no_number(
     assert (
         row[[f"{a}{end}" for a in ("clean", "fgsm", "worst") for end in ("", "_spread", "_low", "_high")]].isna().all()
     )
-    shown = leaderboard.cells(table).iloc[1]
+    shown = faces.cells(table).iloc[1]
     assert (shown["natural"], shown["FGSM"], shown["worst case"], shown["#"]) == (said, "–", "–", "–")
     text = (published() / f"{leaderboard.slug(DIGITS)}.md").read_text()
     assert said in text
@@ -225,7 +227,7 @@ def test_a_failed_or_unfinished_run_has_a_row_and_no_number(
 def test_a_collapsed_network_is_shown_as_failed(put: Write, tables: Any) -> None:
     put({"clean": 50, "fgsm": 50}, defense="mart", collapsed=True)
     put({"clean": 50, "fgsm": 40}, defense="fat")
-    shown = leaderboard.cells(tables()[DIGITS])
+    shown = faces.cells(tables()[DIGITS])
     assert shown["#"].tolist() == ["1", "–"]
     assert shown["natural"].tolist()[1] == "failed: collapsed to one answer"
     assert shown["FGSM"].tolist()[1] == "–"
@@ -245,7 +247,7 @@ def test_attacks_stand_in_the_papers_order_and_others_after_them(put: Write, tab
     assert columns == [
         "clean", "fgsm", "pgd-20", "pgd-100", "cw-inf", "autoattack", "apgd", "pgd-7", "pgd-50", "worst",
     ]  # fmt: skip
-    assert list(leaderboard.cells(tables()[DIGITS]))[5:11] == [
+    assert list(faces.cells(tables()[DIGITS]))[6:12] == [
         "natural", "FGSM", "PGD-20", "PGD-100", "C&W-inf", "AutoAttack",
     ]  # fmt: skip
 
@@ -273,9 +275,9 @@ def test_seeds_become_one_row_of_median_and_deviation(put: Write, tables: Any) -
     spread = 100 / N * math.sqrt(((40 - 36) ** 2 + (31 - 36) ** 2 + (37 - 36) ** 2) / 2)
     assert (row["fgsm"], row["fgsm_spread"]) == pytest.approx((100 * 37 / N, spread))
     assert row["ids"] == "record-000 record-001 record-002"
-    shown = leaderboard.cells(table).iloc[1]
+    shown = faces.cells(table).iloc[1]
     assert (shown["FGSM"], shown["seeds"]) == (f"{100 * 37 / N:.1f} ± {spread:.1f}", "3")
-    assert "median ± standard deviation over training seeds" in leaderboard.notes(table)[0]
+    assert "median ± standard deviation over training seeds" in faces.notes(table)[0]
 
 
 def test_a_failed_seed_is_counted_and_spoils_nothing(put: Write, tables: Any) -> None:
@@ -284,7 +286,7 @@ def test_a_failed_seed_is_counted_and_spoils_nothing(put: Write, tables: Any) ->
     row = tables()[DIGITS].iloc[0]
     assert (row["rank"], row["seeds"], row["failed"], row["status"]) == (1, 2, 2, "done")
     assert row["fgsm"] == pytest.approx(100 * 41 / N)
-    assert leaderboard.cells(tables()[DIGITS])["seeds"].tolist() == ["2 (+2 failed)"]
+    assert faces.cells(tables()[DIGITS])["seeds"].tolist() == ["2 (+2 failed)"]
 
 
 @pytest.mark.parametrize(
@@ -323,10 +325,10 @@ def test_a_row_of_one_seed_has_wilsons_interval_in_percent(put: Write, tables: A
         bounds = tuple(100 * bound for bound in wilson(k, N))
         assert (row[f"{attack}_low"], row[f"{attack}_high"]) == pytest.approx(bounds)
     low, high = (100 * bound for bound in wilson(50, N))
-    shown = leaderboard.cells(tables()[DIGITS]).iloc[0]
+    shown = faces.cells(tables()[DIGITS]).iloc[0]
     assert shown["natural"] == f"{100 * 50 / N:.1f} [{low:.1f}, {high:.1f}]"
-    assert leaderboard.cells(tables()[DIGITS], intervals=False).iloc[0]["natural"] == f"{100 * 50 / N:.1f}"
-    assert "Wilson 95 % interval" in leaderboard.notes(tables()[DIGITS])[0]
+    assert faces.cells(tables()[DIGITS], intervals=False).iloc[0]["natural"] == f"{100 * 50 / N:.1f}"
+    assert "Wilson 95 % interval" in faces.notes(tables()[DIGITS])[0]
 
 
 # ------------------------------------------------------------------------------------------------ as it is read
@@ -337,9 +339,9 @@ def test_doubts_are_marked_and_told_once(put: Write, tables: Any, published: Any
     put({"clean": 50, "fgsm": 48}, defense="mart")
     put({"clean": 50, "fgsm": 47}, defense="trades", warnings=("gradients vanish",))
     put({"clean": 50, "fgsm": 46}, defense="dat", warnings=("collapsed", "odd"))
-    shown = leaderboard.cells(tables()[DIGITS])["defense"].tolist()
+    shown = faces.cells(tables()[DIGITS])["defense"].tolist()
     assert shown == ["fat [1]", "mart", "trades [1]", "dat [2]"]
-    assert leaderboard.notes(tables()[DIGITS])[1:] == ["[1] gradients vanish", "[2] collapsed; odd"]
+    assert faces.notes(tables()[DIGITS])[1:] == ["[1] gradients vanish", "[2] collapsed; odd"]
     text = (published() / f"{leaderboard.slug(DIGITS)}.md").read_text()
     assert text.count("gradients vanish") == 1
 
@@ -366,7 +368,7 @@ def test_no_name_breaks_the_page(where: str, odd: str, put: Write, tables: Any, 
     assert lines[1] == ""
     table = [columns(line) for line in lines[2 : lines.index("", 2)]]
     assert len(table) == 4
-    assert {len(row) for row in table} == {len(leaderboard.cells(next(iter(tables().values()))).columns)}
+    assert {len(row) for row in table} == {len(faces.cells(next(iter(tables().values()))).columns)}
     index = (board / "index.md").read_bytes().decode()
     assert "<script" not in index
     assert len(index.splitlines()) == 3
@@ -375,7 +377,7 @@ def test_no_name_breaks_the_page(where: str, odd: str, put: Write, tables: Any, 
 def test_the_page_says_what_the_table_says(put: Write, tables: Any, published: Any) -> None:
     put({"clean": 50, "fgsm": 40}, defense="fat")
     put({"clean": 55, "fgsm": 30}, defense="mart")
-    shown = leaderboard.cells(tables()[DIGITS])
+    shown = faces.cells(tables()[DIGITS])
     lines = (published() / f"{leaderboard.slug(DIGITS)}.md").read_text().splitlines()
     assert lines[0] == "# digits, linf, eps 8/255, house v1"
     assert columns(lines[2]) == list(shown.columns)
@@ -392,15 +394,15 @@ def test_the_csv_holds_the_tables_numbers(put: Write, tables: Any, published: An
     table = tables()[DIGITS]
     path = published() / f"{leaderboard.slug(DIGITS)}.csv"
     back = pd.read_csv(path, dtype={"rank": "Int64"}, keep_default_na=False, na_values=[""])
-    assert list(back.columns) == list(table.columns)
-    for column in table.columns:
+    assert list(back.columns) == [name for name in table.columns if name != "printed"]
+    for column in back.columns:
         mine, theirs = table[column], back[column]
         if column in ("rank", "n", "seeds", "failed", "epochs") or column.split("_")[0] in ("clean", "fgsm", "worst"):
             assert mine.astype(float).tolist() == pytest.approx(theirs.astype(float).tolist(), nan_ok=True, abs=0)
         else:
-            assert mine.tolist() == theirs.fillna("").tolist()
+            assert mine.tolist() == theirs.astype(object).fillna("").tolist()
     with path.open(newline="") as file:
-        assert {len(row) for row in csv.reader(file)} == {len(table.columns)}
+        assert {len(row) for row in csv.reader(file)} == {len(back.columns)}
 
 
 def test_publishing_is_the_same_to_the_byte_wherever_the_records_lie(
@@ -420,7 +422,7 @@ def test_publishing_is_the_same_to_the_byte_wherever_the_records_lie(
     for number_, (seed, defense, options) in shuffled:
         folder = tmp_path / "moved" / f"{number_ % 3}" / f"{9 - number_ % 5}"
         put(seed=seed, defense=defense, ident=f"r-{number_}", weights=f"w-{number_}", folder=folder, **options)
-    leaderboard.publish(leaderboard.gather(tmp_path / "moved"), tmp_path / "again")
+    leaderboard.publish(leaderboard.board(leaderboard.gather(tmp_path / "moved")), tmp_path / "again")
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == first
 
 
@@ -499,7 +501,8 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, cli: Callable[..., subp
 
 def test_the_published_tables_are_what_their_records_say(root: Path, tmp_path: Path) -> None:
     board = root / "leaderboard"
-    leaderboard.publish(leaderboard.gather(board / "records"), tmp_path)
+    others = beside.lines(["reported", "robustbench"])
+    leaderboard.publish(leaderboard.board(leaderboard.gather(board / "records"), others), tmp_path)
     derived = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     published = {path.name: path.read_bytes() for path in board.iterdir() if path.suffix in (".md", ".csv")}
     del published["README.md"]
@@ -514,7 +517,7 @@ def test_protocols_of_one_name_that_differ_are_not_ranked_together(put: Write, t
         said["hash"] = record.digest({key: said[key] for key in ("schema", "id", "protocol", "result")})
         path.write_text(json.dumps(said))
     with pytest.raises(Refused, match="mean different things by fgsm"):
-        leaderboard.publish(leaderboard.gather(tmp_path / "records"), tmp_path / "board")
+        leaderboard.publish(leaderboard.board(leaderboard.gather(tmp_path / "records")), tmp_path / "board")
 
 
 def test_an_unfinished_examination_beside_the_finished_one_is_no_failure(put: Write, tables: Any) -> None:
