@@ -103,3 +103,14 @@ def family(arch: str) -> str:
     wide = re.fullmatch(r"(?:WideResNet|WRN)-(\d+-\d+)", arch, re.IGNORECASE)
     name = f"wrn-{wide[1]}" if wide else arch.lower() if arch.lower() in NETWORKS else arch
     return "wrn-32/34-10" if name in ("wrn-32-10", "wrn-34-10") else name
+
+
+def base_of(defense: str) -> str | None:
+    """The defense that a friendly one is the counterpart of.
+
+    >>> base_of("fat-trades"), base_of("fat"), base_of("trades")
+    ('trades', 'madry', None)
+    """
+    if defense == "fat":
+        return "madry"
+    return defense.removeprefix("fat-") if defense.startswith("fat-") else None

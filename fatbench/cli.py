@@ -174,18 +174,19 @@ def leaderboard(
     from fatbench import beside as published
     from fatbench import faces
     from fatbench import leaderboard as boards
+    from fatbench.publish import publish
 
     others = published.lines([name.strip() for name in (beside or "").split(",") if name.strip()])
     # With published rows a board may do without records; a folder that was named must hold some all the same.
     found = (
         [] if others and records is None and not Path("records").is_dir() else boards.gather(records or Path("records"))
     )
-    for key, table in boards.publish(boards.board(found, others), out).items():
+    for key, table in publish(found, out, others).items():
         if (table["source"] == "measured").any():
             _print_table(key, table)
         else:
             typer.echo(f"{faces.heading(key)}: {len(table)} published rows, none measured")
-    typer.echo(f"written: {out / 'index.md'}")
+    typer.echo(f"written: {out / 'index.md'} and {out / 'index.html'}")
 
 
 @app.command(name="list")
@@ -280,7 +281,7 @@ def demo(
     main_job.demo(out, eps=_published(eps), epochs=budget, seeds=seeds, device=device)
     for key, table in boards.tables(boards.board(boards.gather(out / "records"))).items():
         _print_table(key, table)
-    typer.echo(f"written: {out / 'index.md'}")
+    typer.echo(f"written: {out / 'index.md'} and {out / 'index.html'}")
 
 
 # ------------------------------------------------------------------------------------------------ helpers
@@ -316,7 +317,7 @@ def _print_table(key: tuple[str, ...], table: pd.DataFrame) -> None:
     from fatbench import faces
     from fatbench.console import stdout
 
-    shown = faces.cells(table, intervals=False)
+    shown = faces.cells(table, brief=True)
     # What is the same in every row is said once: a terminal is narrow.
     same = [
         c

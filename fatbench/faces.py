@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
 
+from fatbench.columns import Column, described
 from fatbench.quantities import eps_class
+
+SCHEMA = 1  # of the JSON face; raised when a column changes its meaning
+Row = dict[Any, Any]
 
 TITLES = {
     "clean": "natural", "fgsm": "FGSM", "cw-inf": "C&W-inf", "autoattack": "AutoAttack", "worst": "worst case",
@@ -34,71 +40,103 @@ def attacks_of(table: pd.DataFrame) -> list[str]:
     return [column.removesuffix("_low") for column in table.columns if column.endswith("_low")]
 
 
-def cells(table: pd.DataFrame, *, intervals: bool = True) -> pd.DataFrame:
+def cells(table: pd.DataFrame, *, brief: bool = False) -> pd.DataFrame:
     """A table as people read it: text cells, `57.1 [54.0, 60.2]` for one seed, `57.1 ± 0.4` for several.
 
-    What others published is as they printed it, and what they do not tell is "unknown".
+    What others published is as they printed it, and what they do not tell is "unknown". A column of which no row knows
+    anything is left out; where it is to be brief, so are intervals and all that a narrow page has no room for.
     """
     found = table.to_dict("records")
-    beside = (table["source"] != "measured").any()
-    shown = pd.DataFrame(index=table.index)
-    if "rank" in table:
-        shown["#"] = [_text(row["rank"], "–") for row in found]
-    doubts = list(dict.fromkeys(note for note in table["notes"] if note))
-    marks = [f" [{doubts.index(note) + 1}]" if note else "" for note in table["notes"]]
-    names = [f"{row['defense']} ({row['variant']})" if row["variant"] else row["defense"] for row in found]
-    shown["defense"] = [name + mark for name, mark in zip(names, marks, strict=True)]
-    shown["network"] = table["arch"]
-    if "rank" not in table:
-        shown["protocol"] = table["protocol"]
-    shown["source"] = table["source"]
+    marks = _marks(table)
+    shown: dict[str, list[str]] = {"#": [_text(row["rank"], "–") for row in found]} if "rank" in table else {}
+    shown["defense"] = [_named(row) + mark for row, mark in zip(found, marks, strict=True)]
+    shown["network"] = [row["arch"] for row in found]
+    shown |= {} if "rank" in table else {"protocol": [row["protocol"] for row in found]}
+    shown["source"] = [row["source"] for row in found]
     shown["eps train"] = [_trained(row) for row in found]
-    if table["epochs"].notna().any():
-        shown["epochs"] = [_epochs(row) for row in found]
+    shown["epochs"] = [_epochs(row) for row in found]
     for attack in attacks_of(table):
-        shown[title(attack)] = [_cell(row, attack, intervals) for row in found]
+        shown[title(attack)] = [_cell(row, attack, not brief) for row in found]
     shown["n"] = [_text(row["n"]) for row in found]
     shown["seeds"] = [_seeds(row) for row in found]
-    if beside:
-        shown["reference"] = table["reference"]
-    return shown
+    shown |= {} if brief else {head: [_text(tell(row)) for row in found] for head, tell in _WIDE.items()}
+    kept = {head for head, texts in shown.items() if head in ("n", "seeds") or set(texts) - {"unknown", ""}}
+    return pd.DataFrame({head: texts for head, texts in shown.items() if head in kept}, index=table.index)
+
+
+def _marks(table: pd.DataFrame) -> list[str]:
+    """` [2]` for a row with the second of the notes that stand under the table."""
+    doubts = list(dict.fromkeys(note for note in table["notes"] if note))
+    return [f" [{doubts.index(note) + 1}]" if note else "" for note in table["notes"]]
+
+
+def _named(row: Row) -> str:
+    return f"{row['defense']} ({row['variant']})" if row["variant"] else str(row["defense"])
 
 
 def _text(value: Any, absent: str = "unknown") -> str:
     return absent if pd.isna(value) or value == "" else str(value)
 
 
-def _trained(row: dict[Any, Any]) -> str:
+def _trained(row: Row) -> str:
     # A table holds one class of budgets; one published otherwise, 0.031 for 8/255, is marked.
     tested = f" (tested at {row['eps']})" if row["eps"] != eps_class(row["eps"]) else ""
-    return f"{_text(row['eps_train'], '' if row['source'] == 'measured' else 'unknown')}{tested}"
+    return f"{_text(row['eps_train'])}{tested}"
 
 
-def _epochs(row: dict[Any, Any]) -> str:
-    if pd.isna(row["epochs"]):
-        return "" if row["source"] == "measured" else "unknown"
-    selected = "" if row["selection"] in ("", "last") else f" ({row['selection']})"
-    return f"{row['epochs']}{selected}"
+def _epochs(row: Row) -> str:
+    selected = "" if _text(row["selection"], "last") == "last" else f" ({row['selection']})"
+    return f"{_text(row['epochs'])}{selected}"
 
 
-def _seeds(row: dict[Any, Any]) -> str:
+def _seeds(row: Row) -> str:
     done, failed = row["seeds"], row["failed"]
     if pd.isna(failed) or not failed:
         return _text(done)
     return f"{done} (+{failed} failed)" if done else f"{failed} failed"
 
 
-def _cell(row: dict[Any, Any], attack: str, intervals: bool) -> str:
+def _cell(row: Row, attack: str, intervals: bool) -> str:
     if row["status"] != "done":
         return str(row["status"]) if attack == "clean" else "–"
     if row["source"] != "measured":
         return str(row["printed"].get(attack, "–"))
     if pd.isna(row[attack]):
         return "–"
-    if row["seeds"] > 1:
-        return f"{row[attack]:.1f} ± {row[f'{attack}_spread']:.1f}"
+    spread = f" ± {row[f'{attack}_spread']:.1f}" if row["seeds"] > 1 else ""
     bounds = f" [{row[f'{attack}_low']:.1f}, {row[f'{attack}_high']:.1f}]" if intervals else ""
-    return f"{row[attack]:.1f}{bounds}"
+    return f"{row[attack]:.1f}{spread}{bounds}"
+
+
+def _points(name: str, form: str) -> Callable[[Row], str]:
+    return lambda row: "" if pd.isna(row[name]) else format(row[name], form)
+
+
+def _duration(row: Row) -> str:
+    """Seconds as people say them."""
+    seconds = row["train_seconds"]
+    if pd.isna(seconds):
+        return ""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 600
+        else f"{seconds / 60:.0f} min"
+        if seconds < 36000
+        else f"{seconds / 3600:.0f} h"
+    )
+
+
+_WIDE: dict[str, Callable[[Row], Any]] = {
+    "PGD-20 − AutoAttack": _points("pgd_gap", "+.1f"),
+    "masking": lambda row: row["masking"],
+    "best − last": _points("best_minus_last", "+.1f"),
+    "gradients / example": _points("backwards_per_example", ".1f"),
+    "training": _duration,
+    "trained on": lambda row: row["train_device"],
+    "reference": lambda row: row["reference"],
+    # A record's id ends with twelve digits of what it is about.
+    "records": lambda row: " ".join(ident.rpartition("-")[2] for ident in _text(row["ids"], "").split()),
+}
 
 
 def notes(table: pd.DataFrame) -> list[str]:
@@ -106,14 +144,16 @@ def notes(table: pd.DataFrame) -> list[str]:
     measured = table[table["source"] == "measured"]
     told = []
     if len(measured):
-        how = "Accuracy in percent at the last iterate, `worst case` under the worst of the attacks for each example; "
-        several = (measured["seeds"] > 1).any()
-        how += (
-            "median ± standard deviation over training seeds"
-            if several
-            else "Wilson 95 % interval over the n test samples"
+        told.append(
+            "Accuracy in percent at the last iterate, `worst case` under the worst of the attacks for each example; "
+            "median ± standard deviation over training seeds, in brackets Wilson's 95 % interval over the n test "
+            "samples."
         )
-        told.append(how + ".")
+    if "rank" in table and table["rank"].notna().any():
+        told.append(
+            "`#` is 1 + the measured rows whose worst-case interval lies wholly above this row's: who overlaps with "
+            "the best shares its rank. `fatbench compare` pairs the samples, and tells closer rows apart."
+        )
     if len(measured) < len(table):
         told.append(
             "Rows of other sources stand as they were printed and are not ranked: `reported` by the paper that is "
@@ -124,32 +164,79 @@ def notes(table: pd.DataFrame) -> list[str]:
     return [*told, *(f"[{i}] {note}" for i, note in enumerate(doubts, start=1))]
 
 
-def csv(table: pd.DataFrame) -> str:
-    """A table for machines: a number a cell, percentages, empty where nothing is known."""
-    return table.drop(columns="printed").to_csv(index=False, lineterminator="\n")
+def parts(key: tuple[str, ...], table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """A table's cells under its heading; where protocols stand side by side, by architecture family."""
+    shown = cells(table)
+    if len(key) == 4:
+        return {"": shown}
+    return {str(family): shown.loc[rows.index] for family, rows in table.groupby("family", sort=False)}
 
 
 def markdown(key: tuple[str, ...], table: pd.DataFrame) -> str:
-    """One table as Markdown; of several architecture families where the protocols stand side by side."""
-    parts = [f"# {escaped(heading(key))}"]
-    shown = cells(table).map(escaped)
-    if len(key) == 4:
-        parts.append(_grid(shown))
-    else:
-        for name, rows in table.groupby("family", sort=False):
-            parts += [f"## {escaped(str(name))}", _grid(shown.loc[rows.index])]
-    parts.append("\n".join(f"- {escaped(note)}" for note in notes(table)))
-    return "\n\n".join(parts) + "\n"
+    """One table as Markdown."""
+    text = [f"# {escaped(heading(key))}"]
+    for family, shown in parts(key, table).items():
+        align = ["right" if column == "#" else "left" for column in shown.columns]
+        grid = shown.map(escaped).to_markdown(index=False, disable_numparse=True, colalign=align)
+        text += [f"## {escaped(family)}", grid] if family else [grid]
+    text.append("\n".join(f"- {escaped(note)}" for note in notes(table)))
+    return "\n\n".join(text) + "\n"
 
 
-def _grid(shown: pd.DataFrame) -> str:
-    align = ["right" if column == "#" else "left" for column in shown.columns]
-    return shown.to_markdown(index=False, disable_numparse=True, colalign=align)
+def latex(key: tuple[str, ...], table: pd.DataFrame) -> str:
+    """One table as LaTeX, a tabular for each family; what stands under it, as comments."""
+    from tabulate import tabulate
+
+    text = [f"% {_line(heading(key))}", "% \\usepackage{booktabs}"]
+    for family, shown in parts(key, table).items():
+        rows = [[_line(cell) for cell in row] for row in shown.itertuples(index=False)]
+        grid = tabulate(rows, list(shown.columns), tablefmt="latex_booktabs", disable_numparse=True)
+        # A row that begins with a bracket would be an argument of the line break before it.
+        text += [f"% {_line(family)}"] if family else []
+        text.append(re.sub(r"^(\s*)\[", r"\1{[}", grid, flags=re.MULTILINE))
+    return "\n".join([*text, *(f"% {_line(note)}" for note in notes(table))]) + "\n"
+
+
+def csv(table: pd.DataFrame) -> str:
+    """Numbers for machines: a number a cell, percentages, empty where nothing is known."""
+    return table.drop(columns="printed").to_csv(index=False, lineterminator="\n")
+
+
+def as_json(whole: pd.DataFrame) -> dict[str, Any]:
+    """The whole frame as plain JSON: its columns with type and meaning, and its rows, null where nothing is known."""
+    return {
+        "schema": SCHEMA,
+        "columns": [column._asdict() for column in columns_of(whole)],
+        "rows": [
+            {name: None if pd.isna(value) else value for name, value in row.items()}
+            for row in whole.drop(columns="printed").to_dict("records")
+        ],
+    }
+
+
+def columns_of(whole: pd.DataFrame) -> list[Column]:
+    """The frame's columns, documented."""
+    return described(attack for attack in attacks_of(whole) if attack not in ("clean", "worst"))
+
+
+def documented(whole: pd.DataFrame) -> str:
+    """What every column of the CSV and JSON files says, as Markdown."""
+    told = pd.DataFrame(columns_of(whole)).map(escaped)
+    told.columns = pd.Index(["column", "type", "meaning"])
+    return (
+        "# The columns\n\nAn empty cell is what is not known or was not done.\n\n"
+        + told.to_markdown(index=False)
+        + "\n"
+    )
 
 
 _ONE_LINE = dict.fromkeys(map(ord, "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
 
 
-def escaped(text: str) -> str:
+def _line(text: object) -> str:
+    return str(text).translate(_ONE_LINE)
+
+
+def escaped(text: object) -> str:
     """Text that no Markdown table or page is broken by."""
-    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").translate(_ONE_LINE)
+    return _line(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

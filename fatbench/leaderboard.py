@@ -12,25 +12,26 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pandas as pd
 
-from fatbench import faces
+from fatbench import columns
 from fatbench.beside import Line
 from fatbench.catalogue import family
 from fatbench.errors import Refused
-from fatbench.files import digest, write_text
+from fatbench.files import digest
 from fatbench.quantities import eps_class, number
-from fatbench.record import Record, read
+from fatbench.record import Record, Training, read
 from fatbench.reported import parsed
-from fatbench.stats import over_seeds, wilson
+from fatbench.stats import over_seeds, ranks, wilson
 
 # The order in which attacks stand on a table; others follow by name.
 ORDER = ("fgsm", "pgd-20", "pgd-100", "cw-inf", "autoattack")
 # The order of a table's rows by where they come from.
 SOURCES = ("measured", "reported", "quoted", "robustbench")
-GROUP = ["dataset", "norm", "eps_class", "protocol"]
+GROUP = [column.name for column in columns.GROUP]
 Key = tuple[str, ...]
 
 
@@ -65,6 +66,8 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
 def _line(record: Record) -> dict[str, Any]:
     result, network = record.result, record.result.network
     settings = {key: value for key, value in network.settings.items() if key != "seed"}
+    said = record.protocol.model_dump(mode="json")
+    examined = [result.data.model_dump(mode="json"), result.eps, result.seed, said]
     return {
         "id": record.id,
         "dataset": result.data.name,
@@ -84,19 +87,13 @@ def _line(record: Record) -> dict[str, Any]:
         "status": _status(record),
         "n": result.data.n,
         "rule": result.data.rule,
-        # One contestant: the same settings but for the seed, examined on the same samples in the same way.
-        "contestant": digest(
-            [
-                settings or network.fingerprint,
-                network.selection,
-                result.data.model_dump(mode="json"),
-                result.eps,
-                result.seed,
-                record.protocol.model_dump(mode="json"),
-            ]
-        ),
+        # One contestant: the same settings but for the seed, examined on the same samples in the same way. Its last and
+        # its best epoch are two.
+        "training_of": digest([settings or network.fingerprint, examined]),
+        "contestant": digest([settings or network.fingerprint, network.selection, examined]),
         "correct": result.correct,
         "warnings": result.warnings,
+        "training": record.training,
     }
 
 
@@ -140,8 +137,13 @@ def rows(lines: pd.DataFrame) -> list[dict[str, Any]]:
     attacks = in_order(name for correct in lines["correct"] for name in correct)
     found = [_row(group, attacks) for _, group in lines.groupby("contestant", sort=False)]
     ranked = [row for row in found if row["status"] == "done" and row.pop("complete")]
-    for row in ranked:
-        row["rank"] = 1 + sum(other["worst"] > row["worst"] for other in ranked)
+    for row, rank in zip(ranked, ranks([(row["worst_low"], row["worst_high"]) for row in ranked]), strict=True):
+        row["rank"] = rank
+    best = {row["training_of"]: row["worst"] for row in found if row["selection"] == "best"}
+    last = {row["training_of"]: row["worst"] for row in found if row["selection"] == "last"}
+    for row in found:
+        a, b = best.get(row["training_of"]), last.get(row["training_of"])
+        row["best_minus_last"] = None if a is None or b is None else a - b
     return found
 
 
@@ -150,27 +152,59 @@ def _row(group: pd.DataFrame, attacks: list[str]) -> dict[str, Any]:
     first = group.iloc[0]
     good = group[group["status"] == "done"]
     status = "; ".join(dict.fromkeys(group["status"]) if good.empty else ["done"])
-    row: dict[str, Any] = {"source": "measured", "reference": ""}
-    row |= {
-        key: first[key]
-        for key in (*GROUP, "defense", "variant", "arch", "eps", "eps_train", "epochs", "selection", "n")
-    }
+    row: dict[str, Any] = {"source": "measured", "reference": "", "data": first["dataset"]}
+    copied = (*GROUP, "defense", "variant", "arch", "eps", "eps_train", "epochs", "selection", "n", "training_of")
+    row |= {key: first[key] for key in copied}
     # A seed that failed, or was examined before it was finished, and has no finished run beside it.
     failed = group[(group["status"] != "done") & ~group["seed"].isin(good["seed"])]
-    row |= {"seeds": len(good), "failed": len(failed), "status": status, "data": first["dataset"]}
+    row |= {"seeds": len(good), "failed": len(failed), "status": status}
     row["complete"] = all(set(attacks) <= set(correct) for correct in good["correct"])
     for attack in ("clean", *attacks, "worst"):
-        right = [correct[attack] for correct in good["correct"] if attack in correct]
-        if not right:
-            row |= {attack: None, f"{attack}_spread": None, f"{attack}_low": None, f"{attack}_high": None}
-            continue
-        middle, spread = over_seeds([100 * value / first["n"] for value in right])
-        # The interval says what n test samples can tell of one network; the spread, what another seed would change.
-        low, high = wilson(round(middle / 100 * first["n"]), first["n"])
-        row |= {attack: middle, f"{attack}_spread": spread, f"{attack}_low": 100 * low, f"{attack}_high": 100 * high}
+        row |= _accuracy(attack, [c[attack] for c in good["correct"] if attack in c], int(first["n"]))
+    row["pgd_gap"] = _median(
+        100 * (c["pgd-20"] - c["autoattack"]) / first["n"]
+        for c in good["correct"]
+        if {"pgd-20", "autoattack"} <= set(c)
+    )
+    row |= {"masking": _masking(good), "ids": " ".join(group["id"])} | _effort(good)
     row["notes"] = "; ".join(_told_once(w for warnings in good["warnings"] for w in warnings))
-    row["ids"] = " ".join(group["id"])
     return row
+
+
+def _accuracy(attack: str, right: list[int], n: int) -> dict[str, float | None]:
+    """An attack's four columns, from how many of the n examples each seed's network still gets right."""
+    if not right:
+        return dict.fromkeys([f"{attack}{end}" for end, _ in columns.ACCURACY])
+    middle, spread = over_seeds([100 * count / n for count in right])
+    # The interval says what n test samples can tell of one network; the spread, what another seed would change.
+    low, high = wilson(round(middle / 100 * n), n)
+    return dict(
+        zip([f"{attack}{end}" for end, _ in columns.ACCURACY], [middle, spread, 100 * low, 100 * high], strict=True)
+    )
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def _masking(good: pd.DataFrame) -> str:
+    """What AutoAttack's checks, and its black-box attack after the white-box ones, say of masked gradients."""
+    tested = [w for w, correct in zip(good["warnings"], good["correct"], strict=True) if "autoattack" in correct]
+    doubtful = sum(any(warning.startswith("autoattack") for warning in warnings) for warnings in tested)
+    if not tested:
+        return ""
+    return "no sign" if not doubtful else "suspected" if len(tested) == 1 else f"suspected, {doubtful} of {len(tested)}"
+
+
+def _effort(good: pd.DataFrame) -> dict[str, Any]:
+    """What training took, where the records tell."""
+    told: list[Training] = [training for training in good["training"] if training]
+    return {
+        "backwards_per_example": _median(t.backwards_per_example for t in told),
+        "train_seconds": _median(t.seconds for t in told),
+        "train_device": "; ".join(sorted({t.device for t in told if t.device})),
+    }
 
 
 def _told_once(warnings: Iterable[str]) -> list[str]:
@@ -192,14 +226,6 @@ def _published(line: Line) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ the one frame
 
 
-HEAD = [
-    *GROUP, "rank", "source", "defense", "variant", "arch", "family", "data", "eps", "eps_train", "epochs", "selection",
-    "n", "seeds", "failed", "status",
-]  # fmt: skip
-TAIL = ["notes", "reference", "ids", "printed"]
-WHOLE = ["rank", "epochs", "n", "seeds", "failed"]
-
-
 def board(records: Sequence[Record], beside: Sequence[Line] = ()) -> pd.DataFrame:
     """Every row of every table in a fixed order: the one frame that all faces are made of.
 
@@ -215,12 +241,11 @@ def board(records: Sequence[Record], beside: Sequence[Line] = ()) -> pd.DataFram
         lines["dataset"] = lines["dataset"].where(versions == 1, lines["dataset"] + " " + lines["data"].str[:8])
         found += [row for _, group in lines.groupby(GROUP) for row in rows(group)]
     attacks = in_order(name.removesuffix("_spread") for row in found for name in row if name.endswith("_spread"))
-    accuracies = [f"{a}{end}" for a in ("clean", *attacks, "worst") for end in ("", "_spread", "_low", "_high")]
     for row in found:
         row["family"] = family(row["arch"])
     found.sort(key=_order)
-    whole = pd.DataFrame(found, columns=pd.Index([*HEAD, *accuracies, *TAIL]))
-    return whole.astype(dict.fromkeys(WHOLE, "Int64") | dict.fromkeys(accuracies, "Float64"))
+    types = {column.name: column.dtype for column in columns.described(attacks)}
+    return pd.DataFrame(found, columns=pd.Index([*types, "printed"])).astype(types)
 
 
 def _order(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -264,7 +289,7 @@ def _view(part: pd.DataFrame) -> pd.DataFrame:
     """Some rows of the frame, without the attacks that none of them was examined under."""
     attacks = [name.removesuffix("_spread") for name in part.columns if name.endswith("_spread")]
     absent = [a for a in attacks if a != "clean" and part[a].isna().all()]
-    unwanted = [f"{a}{end}" for a in absent for end in ("", "_spread", "_low", "_high")]
+    unwanted = [f"{a}{end}" for a in absent for end, _ in columns.ACCURACY]
     return part.drop(columns=unwanted).reset_index(drop=True)
 
 
@@ -279,34 +304,6 @@ def _one_meaning_each(records: Iterable[Record]) -> None:
                     f"{first} and {record.id} mean different things by {attack} of {key[0]} v{key[1]}: their protocols "
                     "must have different names or versions to be ranked"
                 )
-
-
-# ------------------------------------------------------------------------------------------------ published
-
-
-def slug(key: Key, others: Iterable[Key] = ()) -> str:
-    """A table's file name; where another table's would be the same, with a hash of the whole title."""
-    plain = _plain(key)
-    return f"{plain}-{digest(key)[:6]}" if sum(_plain(other) == plain for other in others) > 1 else plain
-
-
-def _plain(key: Key) -> str:
-    return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_" if "/" in part else "-", part) for part in key).lower()
-
-
-def publish(whole: pd.DataFrame, out: Path) -> dict[Key, pd.DataFrame]:
-    """Writes every table as Markdown and CSV, and `index.md` over them; returns the tables."""
-    made = tables(whole)
-    sides = overviews(whole)
-    index = ["# Leaderboards", ""]
-    for key, table in (sides | made).items():
-        name = slug(key, sides | made)
-        write_text(out / f"{name}.md", faces.markdown(key, table))
-        write_text(out / f"{name}.csv", faces.csv(table))
-        what = "rows" if key in made else "rows of all protocols and sources side by side"
-        index.append(f"- [{faces.escaped(faces.heading(key))}]({name}.md), {len(table)} {what} ([csv]({name}.csv))")
-    write_text(out / "index.md", "\n".join(index) + "\n")
-    return made
 
 
 def summary(record: Record) -> str:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from fatbench import beside, faces, leaderboard, record
+from fatbench import beside, faces, leaderboard, publish, record
 from fatbench.errors import Refused
 from fatbench.quantities import number
 from fatbench.record import Record
@@ -93,7 +93,7 @@ def published(tmp_path: Path) -> Callable[..., Path]:
     """The folder of the tables of all that was put."""
 
     def publish(name: str = "board") -> Path:
-        leaderboard.publish(leaderboard.board(leaderboard.gather(tmp_path / "records")), tmp_path / name)
+        publish.publish(leaderboard.gather(tmp_path / "records"), tmp_path / name)
         return tmp_path / name
 
     return publish
@@ -154,10 +154,9 @@ def test_the_index_names_every_table_and_every_table_has_its_files(put: Write, t
     side = "[digits, linf, eps 8/255, all protocols](digits-linf-8_255.md), 2 rows of all protocols and sources"
     assert lines[2] == f"- {side} side by side ([csv](digits-linf-8_255.csv))"
     assert lines[3:] == [
-        f"- [{faces.heading(key)}]({leaderboard.slug(key)}.md), 1 rows ([csv]({leaderboard.slug(key)}.csv))"
-        for key in tables()
+        f"- [{faces.heading(key)}]({publish.slug(key)}.md), 1 rows ([csv]({publish.slug(key)}.csv))" for key in tables()
     ]
-    stems = {leaderboard.slug(key) for key in [*tables(), ("digits", "linf", "8/255")]}
+    stems = {publish.slug(key) for key in [*tables(), ("digits", "linf", "8/255")]}
     assert {path.name for path in board.iterdir()} == {f"{stem}.{end}" for stem in stems for end in ("md", "csv")} | {
         "index.md"
     }
@@ -219,7 +218,7 @@ def test_a_failed_or_unfinished_run_has_a_row_and_no_number(
     )
     shown = faces.cells(table).iloc[1]
     assert (shown["natural"], shown["FGSM"], shown["worst case"], shown["#"]) == (said, "–", "–", "–")
-    text = (published() / f"{leaderboard.slug(DIGITS)}.md").read_text()
+    text = (published() / f"{publish.slug(DIGITS)}.md").read_text()
     assert said in text
     assert "98" not in text
 
@@ -237,7 +236,7 @@ def test_a_table_of_failures_alone_is_a_table(put: Write, tables: Any, published
     put(status="failed: no")
     put(status="unfinished", defense="mart")
     assert tables()[DIGITS]["rank"].isna().all()
-    assert len(pd.read_csv(published() / f"{leaderboard.slug(DIGITS)}.csv")) == 2
+    assert len(pd.read_csv(published() / f"{publish.slug(DIGITS)}.csv")) == 2
 
 
 def test_attacks_stand_in_the_papers_order_and_others_after_them(put: Write, tables: Any) -> None:
@@ -342,7 +341,7 @@ def test_doubts_are_marked_and_told_once(put: Write, tables: Any, published: Any
     shown = faces.cells(tables()[DIGITS])["defense"].tolist()
     assert shown == ["fat [1]", "mart", "trades [1]", "dat [2]"]
     assert faces.notes(tables()[DIGITS])[1:] == ["[1] gradients vanish", "[2] collapsed; odd"]
-    text = (published() / f"{leaderboard.slug(DIGITS)}.md").read_text()
+    text = (published() / f"{publish.slug(DIGITS)}.md").read_text()
     assert text.count("gradients vanish") == 1
 
 
@@ -378,7 +377,7 @@ def test_the_page_says_what_the_table_says(put: Write, tables: Any, published: A
     put({"clean": 50, "fgsm": 40}, defense="fat")
     put({"clean": 55, "fgsm": 30}, defense="mart")
     shown = faces.cells(tables()[DIGITS])
-    lines = (published() / f"{leaderboard.slug(DIGITS)}.md").read_text().splitlines()
+    lines = (published() / f"{publish.slug(DIGITS)}.md").read_text().splitlines()
     assert lines[0] == "# digits, linf, eps 8/255, house v1"
     assert columns(lines[2]) == list(shown.columns)
     assert [columns(line) for line in lines[4:6]] == shown.to_numpy().tolist()
@@ -392,7 +391,7 @@ def test_the_csv_holds_the_tables_numbers(put: Write, tables: Any, published: An
     put({"clean": 58}, defense="trades")
     put(defense="dat", status="failed: no")
     table = tables()[DIGITS]
-    path = published() / f"{leaderboard.slug(DIGITS)}.csv"
+    path = published() / f"{publish.slug(DIGITS)}.csv"
     back = pd.read_csv(path, dtype={"rank": "Int64"}, keep_default_na=False, na_values=[""])
     assert list(back.columns) == [name for name in table.columns if name != "printed"]
     for column in back.columns:
@@ -422,7 +421,7 @@ def test_publishing_is_the_same_to_the_byte_wherever_the_records_lie(
     for number_, (seed, defense, options) in shuffled:
         folder = tmp_path / "moved" / f"{number_ % 3}" / f"{9 - number_ % 5}"
         put(seed=seed, defense=defense, ident=f"r-{number_}", weights=f"w-{number_}", folder=folder, **options)
-    leaderboard.publish(leaderboard.board(leaderboard.gather(tmp_path / "moved")), tmp_path / "again")
+    publish.publish(leaderboard.gather(tmp_path / "moved"), tmp_path / "again")
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == first
 
 
@@ -502,7 +501,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, cli: Callable[..., subp
 def test_the_published_tables_are_what_their_records_say(root: Path, tmp_path: Path) -> None:
     board = root / "leaderboard"
     others = beside.lines(["reported", "robustbench"])
-    leaderboard.publish(leaderboard.board(leaderboard.gather(board / "records"), others), tmp_path)
+    publish.publish(leaderboard.gather(board / "records"), tmp_path, others)
     derived = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     published = {path.name: path.read_bytes() for path in board.iterdir() if path.suffix in (".md", ".csv")}
     del published["README.md"]
@@ -517,7 +516,7 @@ def test_protocols_of_one_name_that_differ_are_not_ranked_together(put: Write, t
         said["hash"] = record.digest({key: said[key] for key in ("schema", "id", "protocol", "result")})
         path.write_text(json.dumps(said))
     with pytest.raises(Refused, match="mean different things by fgsm"):
-        leaderboard.publish(leaderboard.board(leaderboard.gather(tmp_path / "records")), tmp_path / "board")
+        publish.publish(leaderboard.gather(tmp_path / "records"), tmp_path / "board")
 
 
 def test_an_unfinished_examination_beside_the_finished_one_is_no_failure(put: Write, tables: Any) -> None:
