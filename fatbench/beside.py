@@ -13,10 +13,6 @@ Line = dict[str, Any]
 
 # RobustBench runs AutoAttack's standard version; the protocol of that name does so here.
 ROBUSTBENCH_PROTOCOL = "robustbench-linf v1"
-ROBUSTBENCH_NOTE = (
-    "RobustBench's robust accuracy is AutoAttack's, or lower where it knows of a stronger evaluation, and its eps the "
-    "board's, though a few models were attacked at 0.031: what it publishes with its code does not tell which"
-)
 
 
 def lines(names: Sequence[str]) -> list[Line]:
@@ -56,5 +52,5 @@ def _robustbench() -> Iterator[Line]:
             "protocol": protocol, "source": "robustbench", "reference": f"{model.paper}, {model.venue}",
             "defense": model.id, "variant": "", "arch": model.arch, "eps_train": None, "data": None,
             "n": None, "seeds": None, "printed": {"clean": model.clean, "autoattack": model.robust},
-            "notes": ROBUSTBENCH_NOTE,
+            "notes": "",
         }  # fmt: skip

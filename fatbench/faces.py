@@ -43,8 +43,8 @@ def attacks_of(table: pd.DataFrame) -> list[str]:
 def cells(table: pd.DataFrame, *, brief: bool = False) -> pd.DataFrame:
     """A table as people read it: text cells, `57.1 [54.0, 60.2]` for one seed, `57.1 ± 0.4` for several.
 
-    What others published is as they printed it, and what they do not tell is "unknown". A column of which no row knows
-    anything is left out; where it is to be brief, so are intervals and all that a narrow page has no room for.
+    What others published is as they printed it, and what they do not tell is "unknown". An effort or verdict that no
+    row knows is left out; where it is to be brief, so are intervals and all that a narrow page has no room for.
     """
     found = table.to_dict("records")
     marks = _marks(table)
@@ -53,6 +53,7 @@ def cells(table: pd.DataFrame, *, brief: bool = False) -> pd.DataFrame:
     shown["network"] = [row["arch"] for row in found]
     shown |= {} if "rank" in table else {"protocol": [row["protocol"] for row in found]}
     shown["source"] = [row["source"] for row in found]
+    shown |= {} if (table["source"] == "measured").all() else {"data": [_text(row["data"]) for row in found]}
     shown["eps train"] = [_trained(row) for row in found]
     shown["epochs"] = [_epochs(row) for row in found]
     for attack in attacks_of(table):
@@ -60,8 +61,8 @@ def cells(table: pd.DataFrame, *, brief: bool = False) -> pd.DataFrame:
     shown["n"] = [_text(row["n"]) for row in found]
     shown["seeds"] = [_seeds(row) for row in found]
     shown |= {} if brief else {head: [_text(tell(row)) for row in found] for head, tell in _WIDE.items()}
-    kept = {head for head, texts in shown.items() if head in ("n", "seeds") or set(texts) - {"unknown", ""}}
-    return pd.DataFrame({head: texts for head, texts in shown.items() if head in kept}, index=table.index)
+    idle = [head for head in ("epochs", *_WIDE) if set(shown.get(head, ())) <= {"unknown"}]
+    return pd.DataFrame({head: texts for head, texts in shown.items() if head not in idle}, index=table.index)
 
 
 def _marks(table: pd.DataFrame) -> list[str]:
@@ -159,6 +160,11 @@ def notes(table: pd.DataFrame) -> list[str]:
             "Rows of other sources stand as they were printed and are not ranked: `reported` by the paper that is "
             "named, `quoted` by it from another, `robustbench` on RobustBench's board; what a source does not tell is "
             "unknown."
+        )
+    if (table["source"] == "robustbench").any():
+        told.append(
+            "RobustBench's robust accuracy stands under AutoAttack; where it knows of a stronger evaluation, it is "
+            "that one's, lower. A few of its models were attacked at 0.031. What it installs does not tell which."
         )
     doubts = dict.fromkeys(note for note in table["notes"] if note)
     return [*told, *(f"[{i}] {note}" for i, note in enumerate(doubts, start=1))]

@@ -15,11 +15,11 @@ from fatbench.record import Record
 
 POINTS = 100  # of a training curve; a longer one is thinned out
 # What a base defense and its friendly counterpart share, where both tell it.
-ALIKE = ("dataset", "norm", "eps_class", "protocol", "source", "family", "variant", "eps_train", "epochs", "selection")
+ALIKE = ("family", "variant", "eps_train", "epochs", "selection")
 
 
 def html(whole: pd.DataFrame, records: Sequence[Record]) -> str:
-    """The page. Text reaches it as JSON and goes into the document as text nodes: no name can be markup."""
+    """The page. Text reaches it as JSON and becomes text nodes there: no name can be markup."""
     from jinja2 import Environment, PackageLoader
 
     rows = [_known(row) for row in whole.to_dict("records")]
@@ -56,11 +56,11 @@ def _arrows(rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
     """(base, friendly) by their places: the same training and examination, but for the rule that stops early."""
     bases: dict[tuple[Any, ...], list[int]] = {}
     for at, row in enumerate(rows):
-        bases.setdefault((row["table"], row["defense"]), []).append(at)
+        bases.setdefault((row["table"], row["source"] == "measured", row["defense"]), []).append(at)
     return [
         (base, at)
         for at, row in enumerate(rows)
-        for base in bases.get((row["table"], base_of(row["defense"])), ())
+        for base in bases.get((row["table"], row["source"] == "measured", base_of(row["defense"])), ())
         if all(name not in row or rows[base].get(name, row[name]) == row[name] for name in ALIKE)
     ]
 

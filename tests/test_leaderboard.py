@@ -26,6 +26,8 @@ from fatbench.stats import wilson
 
 N = 60
 DIGITS = ("digits", "linf", "8/255", "house v1")
+# What a board has once, however many tables.
+WHOLE = {"index.md", "index.html", "board.csv", "board.json", "columns.md"}
 
 
 def outcomes(n: int, right: dict[str, int]) -> pd.DataFrame:
@@ -92,11 +94,11 @@ def tables(tmp_path: Path) -> Callable[[], dict[tuple[str, ...], pd.DataFrame]]:
 def published(tmp_path: Path) -> Callable[..., Path]:
     """The folder of the tables of all that was put."""
 
-    def publish(name: str = "board") -> Path:
+    def make(name: str = "board") -> Path:
         publish.publish(leaderboard.gather(tmp_path / "records"), tmp_path / name)
         return tmp_path / name
 
-    return publish
+    return make
 
 
 def refusal(folder: Path) -> str:
@@ -157,36 +159,40 @@ def test_the_index_names_every_table_and_every_table_has_its_files(put: Write, t
         f"- [{faces.heading(key)}]({publish.slug(key)}.md), 1 rows ([csv]({publish.slug(key)}.csv))" for key in tables()
     ]
     stems = {publish.slug(key) for key in [*tables(), ("digits", "linf", "8/255")]}
-    assert {path.name for path in board.iterdir()} == {f"{stem}.{end}" for stem in stems for end in ("md", "csv")} | {
-        "index.md"
-    }
+    each = {f"{stem}.{end}" for stem in stems for end in ("md", "csv", "tex")}
+    assert {path.name for path in board.iterdir()} == each | WHOLE
 
 
 def test_tables_of_names_that_look_alike_do_not_overwrite_each_other(put: Write, published: Any) -> None:
     for dataset in ("my data", "my-data", "my/data", "my_data"):
         put(dataset=dataset)
-    assert len(list(published().glob("*.csv"))) == 4
+    assert len(list(published().glob("*.tex"))) == 4
 
 
 # ------------------------------------------------------------------------------------------------ rows and ranks
 
 
 def test_rows_are_ranked_by_the_worst_case(put: Write, tables: Any) -> None:
-    put({"clean": 59, "fgsm": 20}, defense="trades")
-    put({"clean": 50, "fgsm": 40}, defense="fat")
+    put({"clean": 59, "fgsm": 4}, defense="trades")
+    put({"clean": 58, "fgsm": 55}, defense="fat")
     put({"clean": 55, "fgsm": 30}, defense="mart")
     table = tables()[DIGITS]
     assert table[["rank", "defense"]].to_numpy().tolist() == [[1, "fat"], [2, "mart"], [3, "trades"]]
     first = table.iloc[0]
-    assert (first["clean"], first["fgsm"], first["worst"]) == pytest.approx((100 * 50 / N, 100 * 40 / N, 100 * 40 / N))
+    assert (first["clean"], first["fgsm"], first["worst"]) == pytest.approx((100 * 58 / N, 100 * 55 / N, 100 * 55 / N))
     assert (first["n"], first["seeds"], first["failed"], first["status"]) == (N, 1, 0, "done")
 
 
-def test_ties_share_a_rank_and_the_next_is_skipped(put: Write, tables: Any) -> None:
-    for defense, fgsm in (("fat", 30), ("trades", 40), ("mart", 30), ("madry", 20), ("dat", 30)):
-        put({"clean": 50, "fgsm": fgsm}, defense=defense)
-    assert tables()[DIGITS]["rank"].tolist() == [1, 2, 2, 2, 5]
-    assert tables()[DIGITS]["defense"].tolist() == ["trades", "dat", "fat", "mart", "madry"]
+def test_who_overlaps_with_the_best_shares_its_rank(put: Write, tables: Any) -> None:
+    # Wilson's intervals of n = 60, in percent: 55 [82, 96], 48 [68, 88], 45 [63, 84], 30 [38, 62], 4 [3, 16].
+    for defense, fgsm in (("fat", 48), ("trades", 55), ("mart", 45), ("madry", 4), ("dat", 30), ("cat", 48)):
+        put({"clean": 58, "fgsm": fgsm}, defense=defense)
+    table = tables()[DIGITS]
+    assert table["defense"].tolist() == ["trades", "cat", "fat", "mart", "dat", "madry"]
+    assert table["rank"].tolist() == [1, 1, 1, 1, 5, 6]
+    for row in table.to_dict("records"):
+        assert row["rank"] == 1 + (table["worst_low"] > row["worst_high"]).sum()
+    assert "wholly above" in faces.notes(table)[1]
 
 
 def test_who_is_examined_under_fewer_attacks_is_not_ranked(put: Write, tables: Any) -> None:
@@ -218,9 +224,11 @@ def test_a_failed_or_unfinished_run_has_a_row_and_no_number(
     )
     shown = faces.cells(table).iloc[1]
     assert (shown["natural"], shown["FGSM"], shown["worst case"], shown["#"]) == (said, "–", "–", "–")
-    text = (published() / f"{publish.slug(DIGITS)}.md").read_text()
-    assert said in text
-    assert "98" not in text
+    table = "\n".join(
+        line for line in (published() / f"{publish.slug(DIGITS)}.md").read_text().splitlines() if "mart" in line
+    )
+    assert said in table
+    assert "98" not in table
 
 
 def test_a_collapsed_network_is_shown_as_failed(put: Write, tables: Any) -> None:
@@ -275,7 +283,8 @@ def test_seeds_become_one_row_of_median_and_deviation(put: Write, tables: Any) -
     assert (row["fgsm"], row["fgsm_spread"]) == pytest.approx((100 * 37 / N, spread))
     assert row["ids"] == "record-000 record-001 record-002"
     shown = faces.cells(table).iloc[1]
-    assert (shown["FGSM"], shown["seeds"]) == (f"{100 * 37 / N:.1f} ± {spread:.1f}", "3")
+    low, high = (100 * bound for bound in wilson(37, N))
+    assert (shown["FGSM"], shown["seeds"]) == (f"{100 * 37 / N:.1f} ± {spread:.1f} [{low:.1f}, {high:.1f}]", "3")
     assert "median ± standard deviation over training seeds" in faces.notes(table)[0]
 
 
@@ -326,7 +335,7 @@ def test_a_row_of_one_seed_has_wilsons_interval_in_percent(put: Write, tables: A
     low, high = (100 * bound for bound in wilson(50, N))
     shown = faces.cells(tables()[DIGITS]).iloc[0]
     assert shown["natural"] == f"{100 * 50 / N:.1f} [{low:.1f}, {high:.1f}]"
-    assert faces.cells(tables()[DIGITS], intervals=False).iloc[0]["natural"] == f"{100 * 50 / N:.1f}"
+    assert faces.cells(tables()[DIGITS], brief=True).iloc[0]["natural"] == f"{100 * 50 / N:.1f}"
     assert "Wilson 95 % interval" in faces.notes(tables()[DIGITS])[0]
 
 
@@ -340,7 +349,7 @@ def test_doubts_are_marked_and_told_once(put: Write, tables: Any, published: Any
     put({"clean": 50, "fgsm": 46}, defense="dat", warnings=("collapsed", "odd"))
     shown = faces.cells(tables()[DIGITS])["defense"].tolist()
     assert shown == ["fat [1]", "mart", "trades [1]", "dat [2]"]
-    assert faces.notes(tables()[DIGITS])[1:] == ["[1] gradients vanish", "[2] collapsed; odd"]
+    assert faces.notes(tables()[DIGITS])[2:] == ["[1] gradients vanish", "[2] collapsed; odd"]
     text = (published() / f"{publish.slug(DIGITS)}.md").read_text()
     assert text.count("gradients vanish") == 1
 
@@ -358,7 +367,7 @@ def test_no_name_breaks_the_page(where: str, odd: str, put: Write, tables: Any, 
     put(**{where: value})
     put(fields={"tau": 1}, dataset=odd if where == "dataset" else "digits")
     board = published()
-    (page,) = [path for path in board.glob("*.md") if path.name != "index.md"]
+    (page,) = [path for path in board.glob("*.md") if path.name not in WHOLE]
     text = page.read_bytes().decode()
     lines = text.split("\n")
     assert "\r" not in text
@@ -370,7 +379,7 @@ def test_no_name_breaks_the_page(where: str, odd: str, put: Write, tables: Any, 
     assert {len(row) for row in table} == {len(faces.cells(next(iter(tables().values()))).columns)}
     index = (board / "index.md").read_bytes().decode()
     assert "<script" not in index
-    assert len(index.splitlines()) == 3
+    assert len(index.splitlines()) == 4
 
 
 def test_the_page_says_what_the_table_says(put: Write, tables: Any, published: Any) -> None:
@@ -485,9 +494,9 @@ def test_the_command_prints_and_writes_the_tables(
     assert (done.returncode, done.stderr) == (0, "")
     for said in ("digits, linf, eps 8/255, house v1", "[bold]mart[/]", "83.3", "66.7", "failed: no", "natural"):
         assert said in done.stdout
-    assert done.stdout.splitlines()[-1] == "written: board/index.md"
+    assert done.stdout.splitlines()[-1] == "written: board/index.md and board/index.html"
     assert done.stdout.index("fat") < done.stdout.index("[bold]mart[/]")
-    assert len(list((tmp_path / "board").iterdir())) == 5
+    assert len(list((tmp_path / "board").iterdir())) == 6 + len(WHOLE)
 
 
 def test_the_command_refuses_in_one_line(tmp_path: Path, cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
@@ -503,7 +512,7 @@ def test_the_published_tables_are_what_their_records_say(root: Path, tmp_path: P
     others = beside.lines(["reported", "robustbench"])
     publish.publish(leaderboard.gather(board / "records"), tmp_path, others)
     derived = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    published = {path.name: path.read_bytes() for path in board.iterdir() if path.suffix in (".md", ".csv")}
+    published = {path.name: path.read_bytes() for path in board.iterdir() if path.is_file()}
     del published["README.md"]
     assert derived == published
 

@@ -25,7 +25,7 @@ function accuracy(row, attack) {
   if (row.status !== "done") return attack === "clean" ? element("span", { class: "failed" }, row.status) : "–";
   if (row.printed) return row.printed[attack] || "–";
   if (row[attack] === undefined) return "–";
-  const bounds = element("small", {}, ` ${row[attack + "_low"].toFixed(1)}–${row[attack + "_high"].toFixed(1)}`);
+  const bounds = element("small", {}, ` [${row[attack + "_low"].toFixed(1)}, ${row[attack + "_high"].toFixed(1)}]`);
   const spread = row.seeds > 1 ? ` ± ${row[attack + "_spread"].toFixed(1)}` : "";
   return element("span", {}, row[attack].toFixed(1) + spread, bounds);
 }
@@ -56,7 +56,9 @@ const COLUMNS = [
   { id: "ids", title: "Records", long: true, ...plain("ids") },
 ];
 
-const state = { sort: null, down: true, columns: new Set(COLUMNS.filter((c) => c.on).map((c) => c.id)), robust: ROBUST.at(-1) };
+// What is the same in all rows is said once, above the table, unless its column was asked for.
+const SAID_ONCE = ["arch", "source", "eps_train", "epochs", "seeds"];
+const state = { sort: null, down: true, columns: new Set(COLUMNS.filter((c) => c.on).map((c) => c.id)), asked: new Set(), robust: null };
 
 function matching() {
   const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -83,9 +85,23 @@ function shown(rows) {
   return COLUMNS.filter((column) => {
     if (column.id === "rank" && (!one || rows.every((row) => row.rank === undefined))) return false; // ranks of two tables do not compare
     if (column.id === "protocol") return !one || state.columns.has("protocol");
+    if (same(column, rows) && !state.asked.has(column.id)) return false;
     if (titles.has(column.id) && column.id !== "clean" && rows.every((row) => row[column.id] === undefined)) return false;
     return column.id === "defense" || state.columns.has(column.id);
   });
+}
+
+function same(column, rows) {
+  return SAID_ONCE.includes(column.id) && rows.length > 1 && new Set(rows.map((row) => text(column.show(row)))).size === 1;
+}
+
+const text = (shown) => (typeof shown === "string" ? shown : shown.textContent);
+
+function caption(rows, tables) {
+  const once = COLUMNS.filter((column) => state.columns.has(column.id) && same(column, rows) && !state.asked.has(column.id));
+  const title = tables.length === 1 ? tables[0] : "Several tables side by side";
+  const said = once.map((column) => `${column.title.toLowerCase()} ${text(column.show(rows[0]))}`).join(", ");
+  return [title, element("small", {}, said ? ` all rows: ${said}` : "")];
 }
 
 function render() {
@@ -99,7 +115,7 @@ function render() {
 
 function drawTable(rows, columns, tables) {
   const table = $("board");
-  table.caption.textContent = tables.length === 1 ? tables[0] : "Several tables side by side";
+  table.caption.replaceChildren(...caption(rows, tables));
   table.tHead.replaceChildren(element("tr", {}, ...columns.map((column) => {
     const direction = state.sort !== column.id ? "none" : state.down ? "descending" : "ascending";
     const sort = () => {
@@ -145,26 +161,31 @@ function shape(source, x, y, attributes) {
   return element("svg:polygon", { points: corners.map(([a, b]) => `${x + a},${y + b}`).join(" "), ...at });
 }
 
+const both = (rows, attack) => rows.filter((row) => row.clean !== undefined && row[attack] !== undefined);
+
 function drawPlot(rows) {
-  const seen = rows.filter((row) => row.clean !== undefined && row[state.robust] !== undefined);
+  // Unless one was chosen, the measure that most rows have; of several, the strictest.
+  const y0 = state.robust || ROBUST.reduce((best, name) => (both(rows, name).length >= both(rows, best).length ? name : best), ROBUST[0]);
+  $("robust").value = y0;
+  const seen = both(rows, y0);
   $("legend").replaceChildren(...SOURCES.filter((source) => seen.some((row) => row.source === source)).map((source) =>
     element("span", {}, element("svg:svg", { width: 16, height: 16, "aria-hidden": "true" }, shape(source, 8, 8, {})), source)));
   if (!seen.length) {
-    $("plot").replaceChildren(element("p", {}, `No row here has both a natural accuracy and one under ${titles.get(state.robust)}.`));
+    $("plot").replaceChildren(element("p", {}, `No row here has both a natural accuracy and one under ${titles.get(y0)}.`));
     return;
   }
-  const [width, height] = [1000, 420];
-  const y0 = state.robust;
+  const width = Math.max(300, $("plot").clientWidth);
+  const height = Math.min(430, Math.max(280, width * 0.6));
   const [xs, ys] = [span(seen.map((row) => row.clean)), span(seen.flatMap((row) => [row[y0], row[`${y0}_low`] ?? row[y0], row[`${y0}_high`] ?? row[y0]]))];
-  const [x, y] = [scale(...xs, 50, width - 20), scale(...ys, height - 42, 12)];
+  const [x, y] = [scale(...xs, 50, width - 20), scale(...ys, height - 40, 28)];
   const label = `Scatter of ${seen.length} rows: natural accuracy ${xs[0]} to ${xs[1]} percent, accuracy under ${titles.get(y0)} ${ys[0]} to ${ys[1]} percent.`;
-  const svg = element("svg:svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
+  const svg = element("svg:svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": label });
   svg.append(element("svg:defs", {}, element("svg:marker", { id: "head", viewBox: "0 0 8 8", refX: 8, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto" },
     element("svg:path", { d: "M0 0 L8 4 L0 8", class: "arrow" }))));
-  for (const at of ticks(...xs)) svg.append(element("svg:line", { class: "grid", x1: x(at), x2: x(at), y1: 12, y2: height - 42 }), element("svg:text", { x: x(at), y: height - 24, "text-anchor": "middle" }, String(at)));
+  for (const at of ticks(...xs)) svg.append(element("svg:line", { class: "grid", x1: x(at), x2: x(at), y1: 28, y2: height - 40 }), element("svg:text", { x: x(at), y: height - 24, "text-anchor": "middle" }, String(at)));
   for (const at of ticks(...ys)) svg.append(element("svg:line", { class: "grid", x1: 50, x2: width - 20, y1: y(at), y2: y(at) }), element("svg:text", { x: 44, y: y(at) + 4, "text-anchor": "end" }, String(at)));
   svg.append(element("svg:text", { x: width - 20, y: height - 6, "text-anchor": "end", class: "name" }, "natural accuracy, %"));
-  svg.append(element("svg:text", { x: 50, y: height - 6, class: "name" }, `↑ accuracy under ${titles.get(y0)}, %`));
+  svg.append(element("svg:text", { x: 10, y: 14, class: "name" }, `accuracy under ${titles.get(y0)}, %`));
   const clamp = (value, [low, high]) => Math.min(high, Math.max(low, value));
   for (const row of seen) {
     if (row.clean_low !== undefined) svg.append(element("svg:line", { class: `bar ${row.source}`, x1: x(clamp(row.clean_low, xs)), x2: x(clamp(row.clean_high, xs)), y1: y(row[y0]), y2: y(row[y0]) }));
@@ -183,7 +204,7 @@ function drawPlot(rows) {
     point.append(element("svg:title", {}, `${named(row)}, ${row.arch}, ${row.source}: natural ${row.clean.toFixed(1)}, ${titles.get(y0)} ${row[y0].toFixed(1)}`));
     svg.append(point);
   }
-  if (seen.length <= 24) nameThem(svg, seen, x, y, y0, width);
+  if (seen.length <= (width < 700 ? 8 : 24)) nameThem(svg, seen, x, y, y0, width);
   $("plot").replaceChildren(svg);
 }
 
@@ -262,13 +283,12 @@ function begin() {
     $(name).addEventListener("change", render);
   }
   $("robust").append(...ROBUST.map((name) => element("option", { value: name }, titles.get(name))));
-  $("robust").value = state.robust;
   $("robust").addEventListener("change", () => { state.robust = $("robust").value; render(); });
   $("search").addEventListener("input", render);
   $("filters").addEventListener("submit", (event) => event.preventDefault());
-  $("filters").addEventListener("reset", () => setTimeout(() => { state.sort = null; render(); }));
+  $("filters").addEventListener("reset", () => setTimeout(() => { state.sort = state.robust = null; render(); }));
   for (const column of COLUMNS.filter((c) => c.id !== "defense")) {
-    const box = element("input", { type: "checkbox", value: column.id, onchange: () => { state.columns[box.checked ? "add" : "delete"](column.id); render(); } });
+    const box = element("input", { type: "checkbox", value: column.id, onchange: () => { state.asked.add(column.id); state.columns[box.checked ? "add" : "delete"](column.id); render(); } });
     box.checked = state.columns.has(column.id);
     $("choice").append(element("label", { title: data.columns[column.id] }, box, ` ${column.title}`));
   }
@@ -276,8 +296,9 @@ function begin() {
     const dark = document.documentElement.dataset.theme ? document.documentElement.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
     document.documentElement.dataset.theme = dark ? "light" : "dark";
   });
+  addEventListener("resize", () => drawPlot(matching()));
   $("detail").addEventListener("click", (event) => { if (event.target === $("detail")) $("detail").close(); });
-  $("notes").append(...data.notes.map((note) => element("li", {}, note)));
+  $("notes").append(...data.notes.map((note) => element("li", {}, note.replaceAll("`", ""))));
   // The page opens on one table: the first that was measured, or else the first there is.
   const first = data.rows.find((row) => row.rank !== undefined) || data.rows[0];
   if (first) for (const name of ["dataset", "eps_class"]) $(name).value = first[name];
