@@ -189,6 +189,24 @@ def leaderboard(
     typer.echo(f"written: {out / 'index.md'} and {out / 'index.html'}")
 
 
+@app.command()
+def compare(
+    contestants: Annotated[
+        list[str], typer.Argument(metavar="A B [C ...]", help="Records: paths or ids; seeds of one joined by commas.")
+    ],
+    records: Annotated[Path, typer.Option("--records", help="Where ids are looked for.")] = Path("records"),
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say whether contestants differ: on the same samples, by paired tests, per attack and class, over seeds."""
+    import json
+
+    from fatbench import compare as pairs
+    from fatbench import verdict
+
+    compared = pairs.compare([pairs.find(text, records) for text in contestants])
+    typer.echo(json.dumps(verdict.as_json(compared), indent=1) if as_json else verdict.markdown(compared), nl=as_json)
+
+
 @app.command(name="list")
 def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],

@@ -107,3 +107,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
         worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[at]))
         adjusted[at] = worst
     return adjusted
+
+
+def welch(first: Sequence[float], second: Sequence[float]) -> float:
+    """Welch's t-test of two sets of training seeds, two-sided; without any spread, whether the means are equal."""
+    from scipy.stats import ttest_ind
+
+    if len(set(first)) == len(set(second)) == 1:
+        return float(first[0] == second[0])
+    return float(ttest_ind(first, second, equal_var=False).pvalue)
