@@ -120,3 +120,25 @@ def network(name: str) -> str:
     if spelled in NETWORKS or (wide and int(wide["depth"]) >= 10 and (int(wide["depth"]) - 4) % 6 == 0):
         return spelled
     raise unknown("model", name, [*NETWORKS, "wrn-28-10 (any depth 6n+4)"])
+
+
+def family(arch: str) -> str:
+    """Networks that are one bear one name: wrn-34-10 is wrn-32-10 beside a block that nothing passes through.
+
+    >>> family("wrn-32-10"), family("WideResNet-34-10"), family("WideResNet-28-10"), family("ResNet-18")
+    ('wrn-32/34-10', 'wrn-32/34-10', 'wrn-28-10', 'resnet-18')
+    """
+    wide = re.fullmatch(r"(?:WideResNet|WRN)-(\d+-\d+)", arch, re.IGNORECASE)
+    name = f"wrn-{wide[1]}" if wide else arch.lower() if arch.lower() in NETWORKS else arch
+    return "wrn-32/34-10" if name in ("wrn-32-10", "wrn-34-10") else name
+
+
+def base_of(defense: str) -> str | None:
+    """The defense that a friendly one is the counterpart of.
+
+    >>> base_of("fat-trades"), base_of("fat"), base_of("trades")
+    ('trades', 'madry', None)
+    """
+    if defense == "fat":
+        return "madry"
+    return defense.removeprefix("fat-") if defense.startswith("fat-") else None
