@@ -10,6 +10,7 @@ import torch
 from fatbench import checkpoint, data, leaderboard, protocol, recipe, trainer
 from fatbench.console import stderr
 from fatbench.evaluate import Examination, evaluate
+from fatbench.publish import publish
 from fatbench.recipe import Settings
 from fatbench.record import Record
 
@@ -51,5 +52,5 @@ def demo(
             examination = Examination(subject, digits, protocol.load(protocol.DEFAULT), eps)
             records.append(evaluate(examination, out / "records", device=where))
             stderr.print(leaderboard.summary(records[-1]), soft_wrap=True)
-    leaderboard.publish(leaderboard.gather(out / "records"), out)
+    publish(leaderboard.gather(out / "records"), out)
     return records

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fatbench import __version__, evidence
+from fatbench.device import named
 from fatbench.errors import Refused
 from fatbench.examination import Examination
 from fatbench.examine import examine, fits
@@ -117,12 +118,12 @@ def _run(
     ledger: Ledger,
     source: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    kind = torch.device(device)
-    name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else platform.processor() or platform.machine()
     packages = ("torch", "numpy", "pyautoattack")
+    origin = {"source": source, "training": task.subject.training}
     return {
         "fatbench": __version__, "python": platform.python_version(), **{p: version(p) for p in packages},
-        "device": f"{kind.type} ({name})", "threads": torch.get_num_threads(), "precision": "float32, TF32 off",
+        "device": named(device), "threads": torch.get_num_threads(), "precision": "float32, TF32 off",
         "crafted_in": task.attack_precision, "layout": task.layout, "seconds": round(seconds, 3),
-        "resumed_steps": ledger.resumed, "attacks": found.costs, **({"source": source} if source else {}),
+        "resumed_steps": ledger.resumed, "attacks": found.costs,
+        **{key: value for key, value in origin.items() if value},
     }  # fmt: skip

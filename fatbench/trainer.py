@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fatbench import checkpoint, console, data, models, recipe, runs
 from fatbench.attacks import crafting, pgd, uniform
 from fatbench.defense import Craft, Defense, Verdict
+from fatbench.device import named
 from fatbench.draws import Draws, hashed, shuffled
 from fatbench.errors import Refused, RunFailed, first_line
 from fatbench.files import append_line, read_lines, write_atomic, write_json, write_text
@@ -116,6 +117,7 @@ class Tally:
             "loss": loss / self.examples,
             "train_accuracy": right / seen if seen else 0.0,
             "steps_per_example": steps / self.examples,
+            "examples": self.examples,
             "forwards": self.forwards,
             "backwards": self.backwards,
         }
@@ -148,6 +150,7 @@ class Run:
         self.settings, self.out, self.fabric = settings, out, fabric
         self.device = fabric.device
         self.defense: Defense = recipe.contestant(settings)
+        recipe.fits(settings, loaded.shape, loaded.info.name)
         channels, height, width = loaded.shape
         if height != width and settings.arch == "small-cnn":
             raise Refused(f"small-cnn takes square images, {loaded.info.name} has {height}x{width}: use another --arch")
@@ -213,6 +216,7 @@ class Run:
             "epoch": after.done, **figures, "val_natural": natural, f"val_{SELECTION}": robust,
             "tau": value_at(self.defense.tau, before) if hasattr(self.defense, "tau") else None,
             "K": self.defense.steps_at(before), "eps": self.defense.eps_at(before), "lr": self.settings.lr_at(before),
+            "device": named(self.device),
         }  # fmt: skip
         verdict = self.defense.after_epoch(after, self.subject, measure)
         self.obey(verdict)
