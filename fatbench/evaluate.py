@@ -79,7 +79,8 @@ def evaluate(
 
 
 def _ident(task: Examination, plan: dict[str, Any]) -> str:
-    name = plan["network"]["defense"] or Path(str(plan["network"]["arch"]).partition(":")[0]).stem
+    arch = str(plan["network"]["arch"]).removeprefix("robustbench:")
+    name = plan["network"]["defense"] or Path(arch.partition(":")[0]).stem
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-{task.data.info.name}-{task.protocol.name}").lstrip("-._")
     return f"{readable}-{digest(plan)[:12]}"
 

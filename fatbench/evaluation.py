@@ -8,7 +8,7 @@ itself, keeps outcomes per example, and resumes.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -93,6 +93,10 @@ class Evaluation:
     def attack(self, model: nn.Module, chunk: Chunk, eps: float) -> Attacked:
         """Examples within eps (l-inf) of chunk.x and within [0, 1]. The model comes in eval mode, parameters frozen."""
         raise NotImplementedError(f"{type(self).__name__} must say how it attacks")
+
+    def told(self) -> dict[str, Any]:
+        """Its settings, as a record tells them."""
+        return asdict(self)
 
     def stages(self, classes: int) -> tuple[str, ...]:
         """Of an attack in stages, their names in order; () of any other."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -97,7 +97,7 @@ class Examination:
 
     def meant(self) -> dict[str, dict[str, Any]]:
         """Every setting of every attack, as the record tells it."""
-        told = {name: {"family": e.name, **asdict(e)} for name, e in self.examiners().items()}
+        told = {name: {"family": e.name, **e.told()} for name, e in self.examiners().items()}
         for before, name in pairwise(("clean", *told) if self.protocol.standing else ()):
             told[name]["standing_after"] = before
         return {name: told[name] for name in self.stages()}

@@ -129,7 +129,6 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Protocol, d
         shown: dict[str, list[list[int]]] = {name: [] for name in breaks}
         made = {name: Seen(places, shown[name]) for name, places in breaks.items()}
         monkeypatch.setattr(examination, "examiner", lambda name, settings: made[name])
-        monkeypatch.setattr(examination, "asdict", lambda e: {})
         return said(*breaks, standing=standing), shown
 
     return make
@@ -172,7 +171,6 @@ def test_an_attack_in_stages_begins_with_whom_the_former_attack_left_standing(
 
     shown: dict[str, list[list[int]]] = {"first": [], "one": [], "two": []}
     monkeypatch.setattr(examination, "examiner", lambda name, settings: made("first") if name == "first" else Two())
-    monkeypatch.setattr(examination, "asdict", lambda e: {})
     world = grey([0.45, 0.45, 0.45, 0.45, 0.55], [0, 0, 0, 0, 0])
     for standing, one, two in ((True, [[1, 2, 3]], [[2, 3]]), (False, [[0, 1, 2, 3]], [[2, 3]])):
         protocol = said("first", "staged", standing=standing)
