@@ -46,6 +46,8 @@ def save(where: Path, task: Examination, ledger: Ledger, result: dict[str, Any])
         entry = ledger.entries[step]
         if step.attack == DOUBTS or budget_of(step.attack):
             continue
+        if not entry["fell"]:
+            continue
         fell = torch.tensor(entry["fell"], dtype=torch.int64)
         first = ~done[step.chunk * task.chunk + fell]
         places = step.chunk * task.chunk + fell[first]

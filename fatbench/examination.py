@@ -23,7 +23,7 @@ Tier = Literal["quick", "bound", "full"]
 
 
 # The steps that ask the network itself.
-DOUBTS = "doubts"
+DOUBTS = "check"
 
 
 @dataclass(frozen=True)

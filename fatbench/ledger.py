@@ -48,14 +48,14 @@ class Ledger:
         if lines and lines[0] != head:
             raise Refused(f"{path} belongs to another examination or fatbench: choose another --out, or remove it")
         entries = {Step(e["chunk"], e["attack"], e["stage"]): e for e in lines[1:]}
-        self.entries = {step: e for step, e in entries.items() if not evidence or self._examples(step).exists()}
+        self.entries = {step: entry for step, entry in entries.items() if self._kept(step, entry)}
         self.resumed = len(self.entries)
         # Where a kill cut a line off, what can be read is what was done.
         write_text(path, "".join(canonical(line) + "\n" for line in (head, *self.entries.values())))
 
     def add(self, step: Step, entry: dict[str, Any], examples: Tensor) -> None:
         """Keeps a step's outcome, and where asked the examples (K, C, H, W) it broke, before the line that says so."""
-        if self.evidence:
+        if self.evidence and len(examples):
             write_atomic(self._examples(step), lambda to: save_file({"x_adv": examples.cpu().contiguous()}, to))
         line = {**step._asdict(), **entry}
         append_line(self.path, line)
@@ -64,6 +64,9 @@ class Ledger:
     def examples(self, step: Step) -> Tensor:
         """(K, C, H, W) what a step broke, in the order of its `broken`."""
         return load_file(self._examples(step))["x_adv"]
+
+    def _kept(self, step: Step, entry: dict[str, Any]) -> bool:
+        return not self.evidence or not entry.get("fell") or self._examples(step).exists()
 
     def close(self) -> None:
         """Clears away what a finished examination no longer needs."""

@@ -13,6 +13,8 @@ from fatbench.evaluation import Work
 
 # Examples in a timed pass, and passes; the first is a warm-up.
 EXAMPLES, PASSES = 32, 3
+# Until so much of the work is done, the estimate says more than the pace.
+EARLY = 0.05
 # An estimate below this is not worth a line.
 WORTH_SAYING = 10.0
 
@@ -35,7 +37,8 @@ class Pace:
     def left(self, done: int) -> float:
         """Seconds left after `done` steps, at the pace so far: who has fallen need not be attacked again."""
         expected = sum(self.steps[:done])
-        ratio = (time.perf_counter() - self.began) / expected if expected else 1.0
+        early = expected < EARLY * self.total
+        ratio = 1.0 if early or not expected else (time.perf_counter() - self.began) / expected
         return ratio * (self.total - expected)
 
 
