@@ -26,7 +26,8 @@ from fatbench.errors import Refused, RunFailed
 from fatbench.world import world
 
 T = TypeVar("T")
-logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces every process
+for _talker in ("lightning_fabric", "torch.multiprocessing.spawn"):  # who announce every process, and every end of one
+    logging.getLogger(_talker).setLevel(logging.ERROR)
 
 # The wrapped module must not touch buffers by itself: fatbench/team.py makes them equal when that is safe. torch 2.14
 # gave the option another name.
