@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def described(name: str) -> Dataset:
     raise unknown("dataset", name, [*DATASETS, "path.npz", "a folder"])
 
 
-# name -> one line; fatbench/models.py builds them.
+# name -> one line; fatbench/models.py builds them, and any other wide ResNet by `network`.
 NETWORKS: dict[str, str] = {
     "digits-cnn": "four convolutions of width 16, any image size, 7.9 k parameters on digits",
     "small-cnn": "FAT's Small CNN, 1.6 M parameters",
@@ -90,4 +91,21 @@ NETWORKS: dict[str, str] = {
     "wrn-34-10": "TRADES's WRN-34-10, 48.3 M parameters, 2.1 M of them unused",
     "wrn-40-4": "WRN-40-4, 9.4 M parameters, 0.4 M of them unused",
     "wrn-58-10": "WRN-58-10, 88.8 M parameters, 3.9 M of them unused",
+    "trades-mnist-cnn": "TRADES's MNIST network, four unpadded convolutions, 312 k parameters, 28x28 images",
 }
+
+# Of any depth 6n + 4 and width. TRADES's unused block is there where the listed name has it, or where it is said.
+WIDE = re.compile(r"wrn-(?P<depth>[1-9]\d{0,2})-(?P<width>[1-9]\d?)(?:-(?P<block>sub-block1|plain))?")
+
+
+def network(name: str) -> str:
+    """A network's name as it is spelled here: one of NETWORKS, or another wide ResNet, `wrn-28-10`.
+
+    Raises:
+        Refused: unknown name, with the closest.
+    """
+    spelled = name.strip().lower().replace("_", "-")
+    wide = WIDE.fullmatch(spelled)
+    if spelled in NETWORKS or (wide and int(wide["depth"]) >= 10 and (int(wide["depth"]) - 4) % 6 == 0):
+        return spelled
+    raise unknown("model", name, [*NETWORKS, "wrn-28-10 (any depth 6n+4)"])
