@@ -107,8 +107,9 @@ class Student(nn.Module):
         super().__init__()
         self.net, self.defense = net, defense
 
-    def training_step(self, x: Tensor, x_adv: Tensor, y: Tensor, progress: Progress) -> Tensor:
-        return self.defense.loss(self.net, x, x_adv, y, progress)
+    def training_step(self, x: Tensor, x_adv: Tensor, y: Tensor, progress: Progress, weight: float) -> Tensor:
+        # Weighed here, in the network's own precision: what leaves the wrapper is float32.
+        return self.defense.loss(self.net, x, x_adv, y, progress) * weight
 
 
 class Run:
@@ -228,12 +229,12 @@ class Run:
             crafted = self.defense.craft(self.net, x, y, progress, draws=draws)
         self.optimizer.zero_grad()
         with answers(self.net, crafted.x_adv, y) as right:
-            loss = self.student.training_step(x, crafted.x_adv, y, progress)
-        self.fabric.backward(loss * share.weight)
+            loss = self.student.training_step(x, crafted.x_adv, y, progress, share.weight)
+        self.fabric.backward(loss)
         self.optimizer.step()
         self.team.level(self.net)
         self.follow(progress)
-        return loss, crafted, right
+        return loss.detach() / share.weight, crafted, right
 
     def batches(self, epoch: int) -> Iterator[np.ndarray]:
         """The training rows in this epoch's order, the last batch as long as it is."""
