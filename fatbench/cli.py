@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from fatbench import __version__
+from fatbench.console import speaks
 from fatbench.errors import Refused, RunFailed, first_line
 
 if TYPE_CHECKING:
@@ -59,7 +60,10 @@ def _root(
 
 # Options that several commands share.
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:1.")]
-Devices = Annotated[int, typer.Option(help="Processes; only 1 for now.")]
+Devices = Annotated[
+    int | None, typer.Option(min=1, help="Processes on each node; as torchrun or SLURM has started them, or 1.")
+]
+Nodes = Annotated[int | None, typer.Option(min=1, help="Machines; each runs this same command.")]
 Eps = Annotated[str | None, typer.Option(help="l-inf budget in pixel units, 8/255 or 0.031.")]
 DatasetName = Annotated[str | None, typer.Option("--dataset", help="A name (list datasets), path.npz, or a folder.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write into.")]
@@ -83,7 +87,9 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/DEFENSE-DATASET-seedN unless given.")] = None,
     device: Device = "auto",
     precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed or 64-true.")] = None,
-    devices: Devices = 1,
+    devices: Devices = None,
+    nodes: Nodes = None,
+    sync_bn: Annotated[bool, typer.Option("--sync-bn", help="BatchNorm over all processes; GPUs only.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Throw away the run in --out.")] = False,
     dry_run: Annotated[
@@ -92,10 +98,11 @@ def train(
 ) -> None:
     """Train a defense into a run folder: settings, metrics, last and best checkpoint."""
     from fatbench.recipe import resolve
+    from fatbench.world import world
 
-    _one_process(devices)
     options = {"dataset": dataset, "arch": arch, "epochs": epochs, "batch_size": batch_size, "lr": lr, "eps": eps}
-    options |= {"seed": seed, "n_train": n_train, "precision": precision}
+    options |= {"seed": seed, "n_train": n_train, "precision": precision, "ranks": world(devices, nodes).size}
+    options |= {"sync_bn": True} if sync_bn else {}
     if resume and out and not (defense or recipe) and (out / "settings.toml").exists():
         recipe = str(out / "settings.toml")
     settings = resolve(defense, recipe=recipe, sets=sets or (), **options)
@@ -109,8 +116,9 @@ def train(
 
     from fatbench import trainer
 
-    trainer.train(settings, folder, device=device, resume=resume, force=force)
-    typer.echo(f"done: {folder}; next: fatbench evaluate {folder}")
+    trainer.train(settings, folder, device=device, devices=devices, nodes=nodes, resume=resume, force=force)
+    if speaks():
+        typer.echo(f"done: {folder}; next: fatbench evaluate {folder}")
 
 
 @app.command()
@@ -132,7 +140,7 @@ def evaluate(
     ] = None,
     std: Annotated[str | None, typer.Option(help="As --mean.")] = None,
     device: Device = "auto",
-    devices: Devices = 1,
+    devices: Annotated[int, typer.Option(help="Processes; only 1 for now.")] = 1,
     out: Out = Path("records"),
 ) -> None:
     """Examine a network under a protocol; writes a record with per-example evidence."""
@@ -144,14 +152,15 @@ def evaluate(
     said = protocols.load(protocol or protocols.DEFAULT)
     said = said.only(attacks.split(",")) if attacks else said
 
-    from fatbench import checkpoint, data, trainer
+    from fatbench import checkpoint, data
+    from fatbench import devices as places
     from fatbench.evaluate import Examination
     from fatbench.evaluate import evaluate as examine
 
     normalisation = _numbers(mean, "--mean"), _numbers(std, "--std")
     if (normalisation[0] is None) != (normalisation[1] is None):
         raise Refused("--mean and --std go together")
-    fabric = trainer.fabric_on(device)
+    fabric = places.fabric_on(device)
     loaded = data.load(dataset) if dataset else None
     size = loaded.shape[1] if loaded else 32
     subject = checkpoint.load(
@@ -384,7 +393,8 @@ def _show_record(record: Any) -> None:
 
 
 def _stop(code: int, text: str) -> NoReturn:
-    typer.echo(f"fatbench: {' '.join(text.split())}", err=True)
+    if speaks():
+        typer.echo(f"fatbench: {' '.join(text.split())}", err=True)
     sys.exit(code)
 
 
