@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from fatbench import __version__
+from fatbench.console import speaks
 from fatbench.errors import Refused, RunFailed, first_line
 
 if TYPE_CHECKING:
@@ -82,7 +83,10 @@ def _root(
 
 # Options that several commands share.
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:1.")]
-Devices = Annotated[int, typer.Option(help="Processes; only 1 for now.")]
+Devices = Annotated[
+    int | None, typer.Option(min=1, help="Processes on each node; as torchrun or SLURM has started them, or 1.")
+]
+Nodes = Annotated[int | None, typer.Option(min=1, help="Machines; each runs this same command.")]
 Eps = Annotated[str | None, typer.Option(help="l-inf budget in pixel units, 8/255 or 0.031.")]
 DatasetName = Annotated[str | None, typer.Option("--dataset", help="A name (list datasets), path.npz, or a folder.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write into.")]
@@ -106,7 +110,9 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/DEFENSE-DATASET-seedN unless given.")] = None,
     device: Device = "auto",
     precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed or 64-true.")] = None,
-    devices: Devices = 1,
+    devices: Devices = None,
+    nodes: Nodes = None,
+    sync_bn: Annotated[bool, typer.Option("--sync-bn", help="BatchNorm over all processes; GPUs only.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Throw away the run in --out.")] = False,
     dry_run: Annotated[
@@ -115,10 +121,11 @@ def train(
 ) -> None:
     """Train a defense into a run folder: settings, metrics, last and best checkpoint."""
     from fatbench.recipe import resolve
+    from fatbench.world import world
 
-    _one_process(devices)
     options = {"dataset": dataset, "arch": arch, "epochs": epochs, "batch_size": batch_size, "lr": lr, "eps": eps}
-    options |= {"seed": seed, "n_train": n_train, "precision": precision}
+    options |= {"seed": seed, "n_train": n_train, "precision": precision, "ranks": world(devices, nodes).size}
+    options |= {"sync_bn": True} if sync_bn else {}
     if resume and out and not (defense or recipe) and (out / "settings.toml").exists():
         recipe = str(out / "settings.toml")
     settings = resolve(defense, recipe=recipe, sets=sets or (), **options)
@@ -132,8 +139,9 @@ def train(
 
     from fatbench import trainer
 
-    trainer.train(settings, folder, device=device, resume=resume, force=force)
-    typer.echo(f"done: {folder}; next: fatbench evaluate {folder}")
+    trainer.train(settings, folder, device=device, devices=devices, nodes=nodes, resume=resume, force=force)
+    if speaks():
+        typer.echo(f"done: {folder}; next: fatbench evaluate {folder}")
 
 
 @app.command()
@@ -176,12 +184,12 @@ def evaluate(
     source: Annotated[str | None, typer.Option(help="Who made the examples of --external, and how.")] = None,
     model_dir: Annotated[Path, typer.Option(help="Where RobustBench's models lie.")] = Path("models"),
     device: Device = "auto",
-    devices: Devices = 1,
+    devices: Annotated[int, typer.Option(help="Processes; only 1 for now.")] = 1,
     out: Out = Path("records"),
 ) -> None:
     """Examine a network under a protocol; writes a record with per-example evidence."""
     _one_process(devices)
-    from fatbench import trainer
+    from fatbench import devices as places
     from fatbench.asked import Network, asked
     from fatbench.evaluate import evaluate as examine
 
@@ -191,7 +199,7 @@ def evaluate(
         surrogate=surrogate, n=n, checked=checks, tier=tier.value, attack_precision=attack_precision.value,
         layout=layout.value, balanced=balanced, seed=seed,
     )  # fmt: skip
-    where = trainer.fabric_on(device).device
+    where = places.fabric_on(device).device
     record = examine(wanted.task, out, device=where, keep_examples=save_adversarial, source=wanted.source)
     _show_record(record)
     typer.echo(f"record: {out / record.id}.json; next: fatbench leaderboard {out}")
@@ -205,7 +213,8 @@ def verify(
     device: Device = "auto",
 ) -> None:
     """Count a record again: reloads network, data and examples, and recomputes its row."""
-    from fatbench import data, evidence, trainer
+    from fatbench import data, evidence
+    from fatbench import devices as places
     from fatbench.asked import Network
     from fatbench.record import read
 
@@ -217,7 +226,7 @@ def verify(
         **{**{key: v for key, v in origin.items() if key != "dataset"}, **({"checkpoint": ckpt} if ckpt else {})}
     )
     loaded = data.load(dataset or origin["dataset"])
-    found = evidence.verify(said, record, network.load(loaded), loaded, trainer.fabric_on(device).device)
+    found = evidence.verify(said, record, network.load(loaded), loaded, places.fabric_on(device).device)
     n = said.result.data.n
     typer.echo(f"clean {found.clean} of {n}, worst case {found.robust} of {n}; {found.differ} differ from the record")
     if found.differ:
@@ -448,7 +457,8 @@ def _show_record(record: Any) -> None:
 
 
 def _stop(code: int, text: str) -> NoReturn:
-    typer.echo(f"fatbench: {' '.join(text.split())}", err=True)
+    if speaks():
+        typer.echo(f"fatbench: {' '.join(text.split())}", err=True)
     sys.exit(code)
 
 

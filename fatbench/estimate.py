@@ -20,9 +20,11 @@ from torch import Tensor
 from fatbench import data
 from fatbench.catalogue import described
 from fatbench.defense import Defense, settings_of
+from fatbench.devices import fabric_on
 from fatbench.quantities import Progress
 from fatbench.recipe import Settings
-from fatbench.trainer import Run, fabric_on
+from fatbench.team import Team
+from fatbench.trainer import Run
 
 STEPS = 2  # of the attack, in the longer of the two timed updates
 REPEATS = 20  # at most, within SECONDS; the fastest counts: others may be at work on this machine
@@ -82,7 +84,7 @@ def estimate(settings: Settings, *, device: str = "auto") -> Estimate:
         Refused: what the run itself would be refused for.
     """
     loaded = data.take(_stand_in(settings.dataset), settings.n_train)
-    run = Run(settings, Path(), loaded, fabric_on(device, settings.precision))
+    run = Run(settings, Path(), loaded, Team(fabric_on(device, settings.precision)))
     examples, held, fewest, most = len(run.rows), len(run.held), *_steps_an_example(run.defense, settings.epochs)
     batch = min(settings.batch_size, examples)
     n, activations = _rehearsed(run, batch)

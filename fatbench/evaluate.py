@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fatbench import __version__, evidence
-from fatbench.device import named
+from fatbench.devices import named
 from fatbench.errors import Refused
 from fatbench.examination import Examination
 from fatbench.examine import examine, fits

@@ -52,6 +52,10 @@ class Settings(BaseModel):
     precision: Literal["32-true", "bf16-mixed", "64-true"] = Field(
         default="32-true", description="as Lightning names it"
     )
+    ranks: int = Field(default=1, ge=1, description="processes that share a batch: --devices times --nodes")
+    sync_bn: bool = Field(
+        default=False, description="BatchNorm's batch is the whole batch, not a rank's share; GPUs only"
+    )
     mean: tuple[float, ...] | None = Field(default=None, description="of each channel, taken off inside the network")
     std: tuple[Positive, ...] | None = Field(default=None, description="of each channel, divided by inside the network")
     fields: dict[str, Any] = Field(default_factory=dict, description="the defense's own hyper-parameters")

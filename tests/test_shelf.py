@@ -14,7 +14,7 @@ import pytest
 import tomli_w
 import torch
 
-from fatbench import recipe
+from fatbench import protocol, recipe
 from fatbench.defense import settings_of
 from fatbench.errors import Refused
 from fatbench.quantities import Progress, value_at
@@ -533,3 +533,9 @@ def test_a_recipe_file_s_settings_are_what_is_left_of_it() -> None:
     said = tomllib.loads(recipe.shelf()["fig-9-fat"].read_text())
     page = load("fig-9-fat")
     assert page.settings == {key: value for key, value in said.items() if key not in Recipe.model_fields}
+
+
+def test_every_protocol_that_a_recipe_names_is_on_the_shelf_of_protocols() -> None:
+    named = {name: set(load(name).protocols) for name in recipe.shelf()}
+    assert {name: lacking for name, said in named.items() if (lacking := said - protocol.shelf().keys())} == {}
+    assert named["fat-trades-wrn-34-10-beta6-eps8-code"] == {"trades-2019", "trades-2019-rs"}
