@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from fatbench import catalogue, protocol, recipe
+from fatbench.autoattack import STAGES
+from fatbench.doubts import CHECKS
+from fatbench.examination import Tier
 from fatbench.registry import defenses, evaluations
 
 
@@ -54,3 +58,9 @@ def test_the_readme_names_every_contestant(root: Path) -> None:
     text = (root / "README.md").read_text()
     for name in defenses:
         assert f"`{name}`" in text
+
+
+def test_every_check_and_tier_is_explained(root: Path) -> None:
+    text = (root / "docs" / "autoattack.md").read_text()
+    rows = re.findall(r"^\| ([a-z0-9-]+) \|", text, flags=re.M)
+    assert {*CHECKS, "square-below-white-box", *get_args(Tier), *STAGES} <= set(rows)
