@@ -1,4 +1,4 @@
-"""FAB's projection onto a hyperplane within the image's box (Croce & Hein, ICML 2020, section 2.2), without its sort."""
+"""FAB's projection onto a hyperplane within the box [0, 1] (Croce & Hein, ICML 2020, section 2.2), without its sort."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class _ChannelsLast(nn.Module):
                 alike = all(_alike(frozen(part), self.network(part), agreement) for part in (like, like[:1], like))
             except Exception:  # anybody's code
                 return
-        self.frozen = frozen if alike else None
+        self.frozen = frozen.forward if alike else None  # not as a part of this module: it knows no train mode
 
 
 class _Cast(nn.Module):
