@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fatbench import models
+from fatbench import models, runs
 from fatbench.catalogue import network
 from fatbench.errors import Refused, first_line
 from fatbench.files import canonical, read_json, write_atomic
@@ -45,11 +45,13 @@ class Subject:
         meta: What is known of it: arch, classes, channels, size, mean, std, and for our own also settings, epoch,
             epochs, selection, status.
         fingerprint: sha256 of its weights and normalisation, whatever file they came in.
+        training: What its run folder tells of the training; None where there is none.
     """
 
     model: nn.Module
     meta: dict[str, Any]
     fingerprint: str
+    training: dict[str, Any] | None = None
 
 
 def save(path: Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
@@ -136,7 +138,7 @@ def load(
             raise Refused(f"--mean has {len(mean)} numbers, and the network in {source} takes {channels} channels")
         network = models.Normalised(network, mean, std)
     described = meta or {"arch": factory or arch, "mean": mean, "std": std}
-    return Subject(network.eval(), described, fingerprint(network))
+    return Subject(network.eval(), described, fingerprint(network), runs.told(source.parent) if meta else None)
 
 
 def _agrees(

@@ -92,6 +92,9 @@ def train(
     sync_bn: Annotated[bool, typer.Option("--sync-bn", help="BatchNorm over all processes; GPUs only.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Throw away the run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the settings and what they would cost; needs no data.")
+    ] = False,
 ) -> None:
     """Train a defense into a run folder: settings, metrics, last and best checkpoint."""
     from fatbench.recipe import resolve
@@ -103,6 +106,12 @@ def train(
     if resume and out and not (defense or recipe) and (out / "settings.toml").exists():
         recipe = str(out / "settings.toml")
     settings = resolve(defense, recipe=recipe, sets=sets or (), **options)
+    if dry_run:
+        from fatbench.estimate import estimate
+        from fatbench.show import told_settings
+
+        typer.echo(f"{told_settings(settings)}\n\n{estimate(settings, device=device)}")
+        return
     folder = out or Path("runs") / f"{settings.defense}-{Path(settings.dataset).stem}-seed{settings.seed}"
 
     from fatbench import trainer
@@ -143,15 +152,14 @@ def evaluate(
     said = protocols.load(protocol or protocols.DEFAULT)
     said = said.only(attacks.split(",")) if attacks else said
 
-    from fatbench import checkpoint, data
-    from fatbench import devices as places
+    from fatbench import checkpoint, data, launch
     from fatbench.evaluate import Examination
     from fatbench.evaluate import evaluate as examine
 
     normalisation = _numbers(mean, "--mean"), _numbers(std, "--std")
     if (normalisation[0] is None) != (normalisation[1] is None):
         raise Refused("--mean and --std go together")
-    fabric = places.fabric_on(device)
+    fabric = launch.fabric_on(device)
     loaded = data.load(dataset) if dataset else None
     size = loaded.shape[1] if loaded else 32
     subject = checkpoint.load(
@@ -172,15 +180,48 @@ def evaluate(
 
 @app.command()
 def leaderboard(
-    records: Annotated[Path, typer.Argument(help="A folder of records.")] = Path("records"),
+    records: Annotated[Path | None, typer.Argument(help="A folder of records; ./records unless given.")] = None,
     out: Out = Path("board"),
+    beside: Annotated[
+        str | None,
+        typer.Option("--with", metavar="SOURCES", help="Published rows beside ours: reported,robustbench."),
+    ] = None,
 ) -> None:
     """Derive the tables from records: one for each dataset, norm, eps class and protocol."""
+    from fatbench import beside as published
+    from fatbench import faces
     from fatbench import leaderboard as boards
+    from fatbench.publish import publish
 
-    for key, table in boards.publish(boards.gather(records), out).items():
-        _print_table(key, table)
-    typer.echo(f"written: {out / 'index.md'}")
+    others = published.lines([name.strip() for name in (beside or "").split(",") if name.strip()])
+    # With published rows a board may do without records; a folder that was named must hold some all the same.
+    found = (
+        [] if others and records is None and not Path("records").is_dir() else boards.gather(records or Path("records"))
+    )
+    for key, table in publish(found, out, others).items():
+        if (table["source"] == "measured").any():
+            _print_table(key, table)
+        else:
+            typer.echo(f"{faces.heading(key)}: {len(table)} published rows, none measured")
+    typer.echo(f"written: {out / 'index.md'} and {out / 'index.html'}")
+
+
+@app.command()
+def compare(
+    contestants: Annotated[
+        list[str], typer.Argument(metavar="A B [C ...]", help="Records: paths or ids; seeds of one joined by commas.")
+    ],
+    records: Annotated[Path, typer.Option("--records", help="Where ids are looked for.")] = Path("records"),
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say whether contestants differ: on the same samples, by paired tests, per attack and class, over seeds."""
+    import json
+
+    from fatbench import compare as pairs
+    from fatbench import verdict
+
+    compared = pairs.compare([pairs.find(text, records) for text in contestants])
+    typer.echo(json.dumps(verdict.as_json(compared), indent=1) if as_json else verdict.markdown(compared), nl=as_json)
 
 
 @app.command(name="list")
@@ -210,7 +251,7 @@ def _catalogue(kind: Kind) -> dict[str, Callable[[], str]]:
     if kind is Kind.protocols:
         return {name: partial(_said, lambda name: protocol.load(name).summary, name) for name in protocol.shelf()}
     if kind is Kind.recipes:
-        return {name: partial(_said, lambda name: recipe.read(name).get("source", ""), name) for name in recipe.shelf()}
+        return {name: partial(_said, lambda name: recipe.load(name).summary, name) for name in recipe.shelf()}
     known = NETWORKS if kind is Kind.models else {name: info.summary for name, info in DATASETS.items()}
     return {name: partial(str, text) for name, text in known.items()}
 
@@ -273,9 +314,9 @@ def demo(
 
     budget = main_job.EPOCHS if epochs is None else epochs
     main_job.demo(out, eps=_published(eps), epochs=budget, seeds=seeds, device=device)
-    for key, table in boards.tables(boards.gather(out / "records")).items():
+    for key, table in boards.tables(boards.board(boards.gather(out / "records"))).items():
         _print_table(key, table)
-    typer.echo(f"written: {out / 'index.md'}")
+    typer.echo(f"written: {out / 'index.md'} and {out / 'index.html'}")
 
 
 # ------------------------------------------------------------------------------------------------ helpers
@@ -308,23 +349,27 @@ def _print_table(key: tuple[str, ...], table: pd.DataFrame) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from fatbench import leaderboard as boards
+    from fatbench import faces
     from fatbench.console import stdout
 
-    shown = boards.cells(table, intervals=False)
+    shown = faces.cells(table, brief=True)
     # What is the same in every row is said once: a terminal is narrow.
-    same = [c for c in ("network", "eps train", "epochs", "n", "seeds") if len(shown) > 1 and shown[c].nunique() == 1]
+    same = [
+        c
+        for c in ("network", "source", "eps train", "epochs", "n", "seeds")
+        if len(shown) > 1 and shown[c].nunique() == 1
+    ]
     said = ", ".join(f"{column} {shown[column].iloc[0]}" for column in same)
     shown = shown.drop(columns=same)
     printed = Table(
-        title=escape(boards.heading(key)), title_justify="left", caption=escape(said), caption_justify="left"
+        title=escape(faces.heading(key)), title_justify="left", caption=escape(said), caption_justify="left"
     )
     for column in shown.columns:
         printed.add_column(escape(column), justify="left" if column in ("defense", "network") else "right")
     for row in shown.itertuples(index=False):
         printed.add_row(*(escape(str(cell)) for cell in row))
     stdout.print(printed)
-    for note in boards.notes(table):
+    for note in faces.notes(table):
         stdout.print(escape(note), soft_wrap=True)
 
 

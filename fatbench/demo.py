@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from fatbench import checkpoint, data, devices, leaderboard, protocol, recipe, trainer
+from fatbench import checkpoint, data, launch, leaderboard, protocol, recipe, trainer
 from fatbench.console import stderr
 from fatbench.evaluate import Examination, evaluate
+from fatbench.publish import publish
 from fatbench.recipe import Settings
 from fatbench.record import Record
 
@@ -41,7 +42,7 @@ def demo(
     # A second thread gains little on networks this small, and one gives the same bits on any number of cores.
     torch.set_num_threads(1)
     digits, records = data.load("digits"), []
-    where = devices.fabric_on(device).device
+    where = launch.fabric_on(device).device
     for seed in range(seeds):
         for defense in defenses:
             folder = out / "runs" / f"{defense}-eps{eps.replace('/', '_')}-epochs{epochs}-seed{seed}"
@@ -51,5 +52,5 @@ def demo(
             examination = Examination(subject, digits, protocol.load(protocol.DEFAULT), eps)
             records.append(evaluate(examination, out / "records", device=where))
             stderr.print(leaderboard.summary(records[-1]), soft_wrap=True)
-    leaderboard.publish(leaderboard.gather(out / "records"), out)
+    publish(leaderboard.gather(out / "records"), out)
     return records

@@ -27,6 +27,7 @@ from fatbench import __version__, console
 from fatbench.attacks import crafting
 from fatbench.checkpoint import Subject
 from fatbench.data import Data, balanced_order
+from fatbench.device import named
 from fatbench.errors import Refused, first_line
 from fatbench.evaluation import Attacked, Chunk, Evaluation, examiner
 from fatbench.files import append_line, canonical, digest, disk, locked, read_lines, write_text
@@ -138,6 +139,7 @@ def evaluate(task: Examination, out: Path, *, device: torch.device | str = "cpu"
             _examine(task, model, ledger, device)
         found = _findings(task, ledger)
         run = _run(device, time.perf_counter() - began, found, ledger)
+        run |= {"training": task.subject.training} if task.subject.training else {}
         record = write(out, _said(ident, plan, found, run), found.table)
         partial.unlink()
         return record
@@ -345,11 +347,9 @@ def collapsed(table: pd.DataFrame) -> bool:
 
 
 def _run(device: torch.device | str, seconds: float, found: Findings, ledger: Ledger) -> dict[str, Any]:
-    kind = torch.device(device)
-    name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else platform.processor() or platform.machine()
     packages = ("torch", "numpy", "pyautoattack")
     return {
         "fatbench": __version__, "python": platform.python_version(), **{p: version(p) for p in packages},
-        "device": f"{kind.type} ({name})", "threads": torch.get_num_threads(), "precision": "float32, TF32 off",
+        "device": named(device), "threads": torch.get_num_threads(), "precision": "float32, TF32 off",
         "seconds": round(seconds, 3), "resumed_steps": ledger.resumed, "attacks": found.costs,
     }  # fmt: skip

@@ -63,6 +63,7 @@ class Tally:
             "loss": loss / self.examples,
             "train_accuracy": right / seen if seen else 0.0,
             "steps_per_example": steps / self.examples,
+            "examples": self.examples,
             "forwards": self.forwards,
             "backwards": self.backwards,
         }

@@ -1,30 +1,38 @@
 """Records -> one DataFrame -> tables: one for each (dataset, norm, eps class, protocol), with an index.
 
-Nothing else goes into a table. Rows of one contestant over several training seeds become one row: median and spread, as
-the FAT paper reports. A failed or unfinished run has a row and no number.
+Nothing else is measured. Rows of one contestant over several training seeds become one row: median and spread, as the
+FAT paper reports. A failed or unfinished run has a row and no number. What others have published may stand beside
+(fatbench/beside.py), with its source and without a rank.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pandas as pd
 
+from fatbench import columns
+from fatbench.beside import Line
+from fatbench.catalogue import family
 from fatbench.errors import Refused
-from fatbench.files import digest, write_text
+from fatbench.files import digest
 from fatbench.quantities import eps_class, number
-from fatbench.record import Record, read
-from fatbench.stats import over_seeds, wilson
+from fatbench.record import Record, Training, read
+from fatbench.reported import parsed
+from fatbench.stats import over_seeds, ranks, wilson
 
 # The order in which attacks stand on a table; others follow by name.
 ORDER = ("fgsm", "pgd-20", "pgd-100", "cw-inf", "autoattack")
-TITLES = {
-    "clean": "natural", "fgsm": "FGSM", "cw-inf": "C&W-inf", "autoattack": "AutoAttack", "worst": "worst case",
-}  # fmt: skip
+# The order of a table's rows by where they come from.
+SOURCES = ("measured", "reported", "quoted", "robustbench")
+GROUP = [column.name for column in columns.GROUP]
+Key = tuple[str, ...]
 
 
 def gather(folder: Path) -> list[Record]:
@@ -47,6 +55,9 @@ def gather(folder: Path) -> list[Record]:
     return [records[ident] for ident in sorted(records)]
 
 
+# ------------------------------------------------------------------------------------------------ one line a record
+
+
 def frame(records: Iterable[Record]) -> pd.DataFrame:
     """One line a record: what it is about, and its counts."""
     return pd.DataFrame([_line(record) for record in records])
@@ -55,6 +66,8 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
 def _line(record: Record) -> dict[str, Any]:
     result, network = record.result, record.result.network
     settings = {key: value for key, value in network.settings.items() if key != "seed"}
+    said = record.protocol.model_dump(mode="json")
+    examined = [result.data.model_dump(mode="json"), result.eps, result.seed, said]
     return {
         "id": record.id,
         "dataset": result.data.name,
@@ -65,6 +78,7 @@ def _line(record: Record) -> dict[str, Any]:
         "eps_class": eps_class(result.eps),
         "protocol": f"{record.protocol.name} v{record.protocol.version}",
         "defense": network.defense or network.arch,
+        "variant": _variant(network.fields.get("beta")),
         "arch": network.arch,
         "eps_train": network.eps_train or "",
         "epochs": network.epochs,
@@ -73,20 +87,19 @@ def _line(record: Record) -> dict[str, Any]:
         "status": _status(record),
         "n": result.data.n,
         "rule": result.data.rule,
-        # One contestant: the same settings but for the seed, examined on the same samples in the same way.
-        "contestant": digest(
-            [
-                settings or network.fingerprint,
-                network.selection,
-                result.data.model_dump(mode="json"),
-                result.eps,
-                result.seed,
-                record.protocol.model_dump(mode="json"),
-            ]
-        ),
+        # One contestant: the same settings but for the seed, examined on the same samples in the same way. Its last and
+        # its best epoch are two.
+        "training_of": digest([settings or network.fingerprint, examined]),
+        "contestant": digest([settings or network.fingerprint, network.selection, examined]),
         "correct": result.correct,
         "warnings": result.warnings,
+        "training": record.training,
     }
+
+
+def _variant(beta: object) -> str:
+    """What sets a contestant apart from others of its defense; text where a record's field is no number."""
+    return "" if beta is None else f"beta {beta:g}" if isinstance(beta, (int, float)) else f"beta {beta}"
 
 
 def _status(record: Record) -> str:
@@ -97,29 +110,41 @@ def _status(record: Record) -> str:
     return "failed: collapsed to one answer" if record.result.collapsed else network.status
 
 
-def attacks_of(lines: pd.DataFrame) -> list[str]:
-    """The attacks that any line was examined under, in the table's order."""
-    names = {name for correct in lines["correct"] for name in correct} - {"clean", "worst"}
-    steps = {name: int(name.rpartition("-")[2]) if name.rpartition("-")[2].isdigit() else 0 for name in names}
-    return sorted(
-        names, key=lambda a: (ORDER.index(a) if a in ORDER else len(ORDER), a.rpartition("-")[0], steps[a], a)
-    )
+def in_order(attacks: Iterable[str]) -> list[str]:
+    """Attacks as they stand on a table: the known, then others; one with a budget of its own behind its plain one."""
+    return sorted(set(attacks) - {"clean", "worst"}, key=_place)
 
 
-def rows(lines: pd.DataFrame) -> pd.DataFrame:
-    """One row a contestant, ranked by worst-case accuracy; percentages.
+def _place(attack: str) -> tuple[Any, ...]:
+    plain, _, budget = attack.partition("@")
+    stem, _, steps = plain.rpartition("-")
+    try:
+        size = number(budget) if budget else -1.0
+    except ValueError:
+        size = 2.0  # a name from elsewhere: behind every budget
+    known = ORDER.index(plain) if plain in ORDER else len(ORDER)
+    return known, stem, int(steps) if steps.isdecimal() else 0, plain, size, budget
+
+
+# ------------------------------------------------------------------------------------------------ one row a contestant
+
+
+def rows(lines: pd.DataFrame) -> list[dict[str, Any]]:
+    """The measured rows of one table: one a contestant; percentages.
 
     A row is ranked against those examined under the same attacks; a failed, unfinished or less examined one is not.
     """
-    attacks = attacks_of(lines)
-    table = pd.DataFrame([_row(group, attacks) for _, group in lines.groupby("contestant", sort=False)])
-    table["ranked"] = (table["status"] == "done") & table["complete"]
-    table = table.sort_values(
-        ["ranked", "worst", "clean", "defense"], ascending=[False, False, False, True], kind="stable"
-    )
-    ranks = table.loc[table["ranked"], "worst"].rank(method="min", ascending=False)
-    table.insert(0, "rank", ranks.astype("Int64").reindex(table.index))
-    return table.drop(columns=["ranked", "complete"]).reset_index(drop=True)
+    attacks = in_order(name for correct in lines["correct"] for name in correct)
+    found = [_row(group, attacks) for _, group in lines.groupby("contestant", sort=False)]
+    ranked = [row for row in found if row["status"] == "done" and row.pop("complete")]
+    for row, rank in zip(ranked, ranks([(row["worst_low"], row["worst_high"]) for row in ranked]), strict=True):
+        row["rank"] = rank
+    best = {row["training_of"]: row["worst"] for row in found if row["selection"] == "best"}
+    last = {row["training_of"]: row["worst"] for row in found if row["selection"] == "last"}
+    for row in found:
+        a, b = best.get(row["training_of"]), last.get(row["training_of"])
+        row["best_minus_last"] = None if a is None or b is None else a - b
+    return found
 
 
 def _row(group: pd.DataFrame, attacks: list[str]) -> dict[str, Any]:
@@ -127,25 +152,59 @@ def _row(group: pd.DataFrame, attacks: list[str]) -> dict[str, Any]:
     first = group.iloc[0]
     good = group[group["status"] == "done"]
     status = "; ".join(dict.fromkeys(group["status"]) if good.empty else ["done"])
-    row: dict[str, Any] = {
-        key: first[key] for key in ("defense", "arch", "eps", "eps_train", "epochs", "selection", "n")
-    }
+    row: dict[str, Any] = {"source": "measured", "reference": "", "data": first["dataset"]}
+    copied = (*GROUP, "defense", "variant", "arch", "eps", "eps_train", "epochs", "selection", "n", "training_of")
+    row |= {key: first[key] for key in copied}
     # A seed that failed, or was examined before it was finished, and has no finished run beside it.
     failed = group[(group["status"] != "done") & ~group["seed"].isin(good["seed"])]
     row |= {"seeds": len(good), "failed": len(failed), "status": status}
     row["complete"] = all(set(attacks) <= set(correct) for correct in good["correct"])
     for attack in ("clean", *attacks, "worst"):
-        right = [correct[attack] for correct in good["correct"] if attack in correct]
-        if not right:
-            row |= {attack: None, f"{attack}_spread": None, f"{attack}_low": None, f"{attack}_high": None}
-            continue
-        middle, spread = over_seeds([100 * value / first["n"] for value in right])
-        # The interval says what n test samples can tell of one network; the spread, what another seed would change.
-        low, high = wilson(round(middle / 100 * first["n"]), first["n"])
-        row |= {attack: middle, f"{attack}_spread": spread, f"{attack}_low": 100 * low, f"{attack}_high": 100 * high}
-    row["warnings"] = "; ".join(_told_once(w for warnings in good["warnings"] for w in warnings))
-    row["ids"] = " ".join(group["id"])
+        row |= _accuracy(attack, [c[attack] for c in good["correct"] if attack in c], int(first["n"]))
+    row["pgd_gap"] = _median(
+        100 * (c["pgd-20"] - c["autoattack"]) / first["n"]
+        for c in good["correct"]
+        if {"pgd-20", "autoattack"} <= set(c)
+    )
+    row |= {"masking": _masking(good), "ids": " ".join(group["id"])} | _effort(good)
+    row["notes"] = "; ".join(_told_once(w for warnings in good["warnings"] for w in warnings))
     return row
+
+
+def _accuracy(attack: str, right: list[int], n: int) -> dict[str, float | None]:
+    """An attack's four columns, from how many of the n examples each seed's network still gets right."""
+    if not right:
+        return dict.fromkeys([f"{attack}{end}" for end, _ in columns.ACCURACY])
+    middle, spread = over_seeds([100 * count / n for count in right])
+    # The interval says what n test samples can tell of one network; the spread, what another seed would change.
+    low, high = wilson(round(middle / 100 * n), n)
+    return dict(
+        zip([f"{attack}{end}" for end, _ in columns.ACCURACY], [middle, spread, 100 * low, 100 * high], strict=True)
+    )
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def _masking(good: pd.DataFrame) -> str:
+    """What AutoAttack's checks, and its black-box attack after the white-box ones, say of masked gradients."""
+    tested = [w for w, correct in zip(good["warnings"], good["correct"], strict=True) if "autoattack" in correct]
+    doubtful = sum(any(warning.startswith("autoattack") for warning in warnings) for warnings in tested)
+    if not tested:
+        return ""
+    return "no sign" if not doubtful else "suspected" if len(tested) == 1 else f"suspected, {doubtful} of {len(tested)}"
+
+
+def _effort(good: pd.DataFrame) -> dict[str, Any]:
+    """What training took, where the records tell."""
+    told: list[Training] = [training for training in good["training"] if training]
+    return {
+        "backwards_per_example": _median(t.backwards_per_example for t in told),
+        "train_seconds": _median(t.seconds for t in told),
+        "train_device": "; ".join(sorted({t.device for t in told if t.device})),
+    }
 
 
 def _told_once(warnings: Iterable[str]) -> list[str]:
@@ -156,95 +215,85 @@ def _told_once(warnings: Iterable[str]) -> list[str]:
     return [same[0] + (f" (and {len(same) - 1} more such)" if len(same) > 1 else "") for same in alike.values()]
 
 
-def title(attack: str) -> str:
-    return TITLES.get(attack, attack.upper())
+def _published(line: Line) -> dict[str, Any]:
+    """A published row in a table's columns; what its source does not tell stays unset."""
+    row = {**line, "status": "done", "selection": "", "ids": ""}
+    for attack, printed in line["printed"].items():
+        row[attack], row[f"{attack}_spread"] = parsed(printed)
+    return row
 
 
-def cells(table: pd.DataFrame, *, intervals: bool = True) -> pd.DataFrame:
-    """A table as people read it: text cells, `57.1 [54.0, 60.2]` for one seed, `57.1 ± 0.4` for several."""
-    attacks = [column.removesuffix("_low") for column in table.columns if column.endswith("_low")]
-    shown = pd.DataFrame({"#": [str(rank) if pd.notna(rank) else "–" for rank in table["rank"]]})
-    doubts = list(dict.fromkeys(w for w in table["warnings"] if w))
-    marks = [f" [{doubts.index(w) + 1}]" if w else "" for w in table["warnings"]]
-    shown["defense"] = [d + mark for d, mark in zip(table["defense"], marks, strict=True)]
-    shown["network"] = table["arch"]
-    shown["eps train"] = [_trained(row) for row in table.to_dict("records")]
-    shown["epochs"] = [
-        f"{int(e)}{'' if s in ('', 'last') else f' ({s})'}" if pd.notna(e) else ""
-        for e, s in zip(table["epochs"], table["selection"], strict=True)
-    ]
-    for attack in attacks:
-        shown[title(attack)] = [_cell(row, attack, intervals) for row in table.to_dict("records")]
-    shown["n"] = table["n"].astype(str)
-    shown["seeds"] = [_seeds(s, f) for s, f in zip(table["seeds"], table["failed"], strict=True)]
-    return shown
+# ------------------------------------------------------------------------------------------------ the one frame
 
 
-def _seeds(done: int, failed: int) -> str:
-    return f"{failed} failed" if not done else f"{done} (+{failed} failed)" if failed else str(done)
-
-
-def _trained(row: dict[Any, Any]) -> str:
-    # A table holds one class of budgets; one published otherwise, 0.031 for 8/255, is marked.
-    tested = f" (tested at {row['eps']})" if row["eps"] != eps_class(row["eps"]) else ""
-    return f"{row['eps_train']}{tested}"
-
-
-def _cell(row: dict[Any, Any], attack: str, intervals: bool) -> str:
-    if row["status"] != "done":
-        return row["status"] if attack == "clean" else "–"
-    if pd.isna(row[attack]):
-        return "–"
-    if row["seeds"] > 1:
-        return f"{row[attack]:.1f} ± {row[f'{attack}_spread']:.1f}"
-    return (
-        f"{row[attack]:.1f} [{row[f'{attack}_low']:.1f}, {row[f'{attack}_high']:.1f}]"
-        if intervals
-        else f"{row[attack]:.1f}"
-    )
-
-
-def notes(table: pd.DataFrame) -> list[str]:
-    """What stands under a table: how to read a cell, and every reason for doubt."""
-    several = (table["seeds"] > 1).any()
-    how = "Accuracy in percent at the last iterate, `worst case` under the worst of the attacks for each example; "
-    how += (
-        "median ± standard deviation over training seeds" if several else "Wilson 95 % interval over the n test samples"
-    )
-    doubts = dict.fromkeys(w for w in table["warnings"] if w)
-    return [how + ".", *(f"[{i}] {warning}" for i, warning in enumerate(doubts, start=1))]
-
-
-def slug(key: tuple[str, ...], others: Iterable[tuple[str, ...]] = ()) -> str:
-    """A table's file name; where another table's would be the same, with a hash of the whole title."""
-    plain = _plain(key)
-    return f"{plain}-{digest(key)[:6]}" if sum(_plain(other) == plain for other in others) > 1 else plain
-
-
-def _plain(key: tuple[str, ...]) -> str:
-    return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_" if "/" in part else "-", part) for part in key).lower()
-
-
-GROUP = ["dataset", "norm", "eps_class", "protocol"]
-
-
-def tables(records: list[Record]) -> dict[tuple[str, ...], pd.DataFrame]:
-    """(dataset, norm, eps class, protocol) -> its rows, in a fixed order.
+def board(records: Sequence[Record], beside: Sequence[Line] = ()) -> pd.DataFrame:
+    """Every row of every table in a fixed order: the one frame that all faces are made of.
 
     Raises:
         Refused: protocols of one name and version that are not one.
     """
-    lines = frame(records)
     _one_meaning_each(records)
-    # Two files of one name are two datasets.
-    versions = lines.groupby("dataset")["data"].transform("nunique")
-    lines["dataset"] = lines["dataset"].where(versions == 1, lines["dataset"] + " " + lines["data"].str[:8])
-    grouped = lines.groupby(GROUP, sort=True)
-    found = {tuple(str(part) for part in key): rows(group) for key, group in grouped}
-    return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1], number(item[0][2]), item[0][3])))
+    found = [_published(line) for line in beside]
+    if records:
+        lines = frame(records)
+        # Two files of one name are two datasets.
+        versions = lines.groupby("dataset")["data"].transform("nunique")
+        lines["dataset"] = lines["dataset"].where(versions == 1, lines["dataset"] + " " + lines["data"].str[:8])
+        found += [row for _, group in lines.groupby(GROUP) for row in rows(group)]
+    attacks = in_order(name.removesuffix("_spread") for row in found for name in row if name.endswith("_spread"))
+    for row in found:
+        row["family"] = family(row["arch"])
+    found.sort(key=_order)
+    types = {column.name: column.dtype for column in columns.described(attacks)}
+    return pd.DataFrame(found, columns=pd.Index([*types, "printed"])).astype(types)
 
 
-def _one_meaning_each(records: list[Record]) -> None:
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Measured rows by rank, then the unranked, then what others published by source and robustness."""
+    attacked = [row[name.removesuffix("_spread")] for name in row if name.endswith("_spread") and "clean" not in name]
+    robust = row.get("worst") or min((value for value in attacked if value is not None), default=0.0)
+    table = (row["dataset"], row["norm"], number(row["eps_class"]), row["protocol"])
+    rank = row.get("rank", math.inf)
+    return *table, SOURCES.index(row["source"]), rank, -robust, -(row.get("clean") or 0.0), row["defense"]
+
+
+def tables(whole: pd.DataFrame) -> dict[Key, pd.DataFrame]:
+    """(dataset, norm, eps class, protocol) -> its rows."""
+    return {_key(key): _view(part) for key, part in whole.groupby(GROUP, sort=False)}
+
+
+def overviews(whole: pd.DataFrame) -> dict[Key, pd.DataFrame]:
+    """(dataset, norm, eps class) -> the rows of all its protocols and sources by architecture family, without ranks.
+
+    Only where there is more than one protocol or source; the families seen under most protocols come first.
+    """
+    found: dict[Key, pd.DataFrame] = {}
+    for key, part in whole.groupby(GROUP[:3], sort=False):
+        if part["protocol"].nunique() > 1 or part["source"].nunique() > 1:
+            by_family = pd.DataFrame(
+                {
+                    "seen": -part.groupby("family")["protocol"].transform("nunique"),
+                    "family": part["family"].str.lower(),
+                    "listed": part["source"] == "robustbench",
+                }
+            ).sort_values(["seen", "family", "listed"], kind="stable")
+            found[_key(key)] = _view(part.drop(columns="rank").loc[by_family.index])
+    return found
+
+
+def _key(key: Any) -> Key:
+    return tuple(str(part) for part in key)
+
+
+def _view(part: pd.DataFrame) -> pd.DataFrame:
+    """Some rows of the frame, without the attacks that none of them was examined under."""
+    attacks = [name.removesuffix("_spread") for name in part.columns if name.endswith("_spread")]
+    absent = [a for a in attacks if a != "clean" and part[a].isna().all()]
+    unwanted = [f"{a}{end}" for a in absent for end, _ in columns.ACCURACY]
+    return part.drop(columns=unwanted).reset_index(drop=True)
+
+
+def _one_meaning_each(records: Iterable[Record]) -> None:
     meant: dict[tuple[str, int, str], tuple[str, dict[str, Any]]] = {}
     for record in records:
         for attack, settings in record.protocol.attacks.items():
@@ -255,41 +304,6 @@ def _one_meaning_each(records: list[Record]) -> None:
                     f"{first} and {record.id} mean different things by {attack} of {key[0]} v{key[1]}: their protocols "
                     "must have different names or versions to be ranked"
                 )
-
-
-def heading(key: tuple[str, ...]) -> str:
-    dataset, norm, eps, protocol = key
-    return f"{dataset}, {norm}, eps {eps}, {protocol}"
-
-
-def markdown(key: tuple[str, ...], table: pd.DataFrame) -> str:
-    """One table as Markdown."""
-    shown = cells(table).map(_escaped)
-    text = shown.to_markdown(
-        index=False, disable_numparse=True, colalign=["right", *["left"] * (len(shown.columns) - 1)]
-    )
-    under = "\n".join(f"- {_escaped(note)}" for note in notes(table))
-    return f"# {_escaped(heading(key))}\n\n{text}\n\n{under}\n"
-
-
-_ONE_LINE = dict.fromkeys(map(ord, "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
-
-
-def _escaped(text: str) -> str:
-    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").translate(_ONE_LINE)
-
-
-def publish(records: list[Record], out: Path) -> dict[tuple[str, ...], pd.DataFrame]:
-    """Writes every table as Markdown and CSV, and `index.md` over them; returns the tables."""
-    made = tables(records)
-    index = ["# Leaderboards", ""]
-    for key, table in made.items():
-        name = slug(key, made)
-        write_text(out / f"{name}.md", markdown(key, table))
-        write_text(out / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
-        index.append(f"- [{_escaped(heading(key))}]({name}.md), {len(table)} rows ([csv]({name}.csv))")
-    write_text(out / "index.md", "\n".join(index) + "\n")
-    return made
 
 
 def summary(record: Record) -> str:

@@ -8,6 +8,7 @@ each attack `<attack>.pred` and `<attack>.broken`.
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,6 +93,18 @@ class Result(Strict):
         return self
 
 
+class Training(BaseModel):
+    """What the run folder told of the training: unsealed, and absent where weights came from elsewhere."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+    epochs: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    backwards_per_example: float | None = Field(default=None, ge=0, description="of crafting, an example and epoch")
+    device: str | None = None
+    curves: dict[str, list[float | None]] = Field(default_factory=dict, description="a value an epoch")
+
+
 class Record(Strict):
     """One examination."""
 
@@ -105,6 +118,14 @@ class Record(Strict):
     @property
     def attacks(self) -> list[str]:
         return [name for name in self.result.correct if name not in ("clean", "worst")]
+
+    @cached_property
+    def training(self) -> Training | None:
+        """Raises Refused where `run.training` is of another form."""
+        try:
+            return Training.model_validate(self.run["training"]) if "training" in self.run else None
+        except ValidationError as error:
+            raise Refused(f"the record {self.id} has a broken run.training: {told(error)}") from None
 
     def sealed(self) -> str:
         """The hash that this record must carry."""

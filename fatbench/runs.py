@@ -10,10 +10,11 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fatbench import recipe
 from fatbench.errors import Refused, RunFailed, first_line
-from fatbench.files import disk, locked, read_json, write_text
+from fatbench.files import disk, locked, read_json, read_lines, write_text
 from fatbench.recipe import Settings
 
 OWNED = (
@@ -80,3 +81,26 @@ def raise_if_failed(out: Path) -> None:
     mark = read_json(out / "done", "end-of-run mark")
     if mark.get("status") == "failed":
         raise RunFailed(f"the run in {out} has failed: {mark.get('reason')}; begin again elsewhere, or with --force")
+
+
+CURVES = ("loss", "train_accuracy", "steps_per_example", "val_natural", "val_pgd-10", "tau", "lr")
+
+
+def told(out: Path) -> dict[str, Any] | None:
+    """What a run folder's metrics tell a record of the training; None where there are none.
+
+    `backwards_per_example` counts the gradients that crafting took, an example and epoch; an update takes one more.
+    """
+    lines = read_lines(out / "metrics.jsonl") if (out / "settings.toml").exists() else []
+    epochs = [line for line in lines if isinstance(line, dict) and {"seconds", "backwards"} <= line.keys()]
+    if not epochs:
+        return None
+    examples = sum(epoch.get("examples", 0) for epoch in epochs)
+    curves = {name: [epoch.get(name) for epoch in epochs] for name in CURVES}
+    return {
+        "epochs": len(epochs),
+        "seconds": round(sum(epoch["seconds"] for epoch in epochs), 3),
+        "backwards_per_example": sum(e["backwards"] for e in epochs) / examples if examples else None,
+        "device": epochs[-1].get("device"),
+        "curves": {name: values for name, values in curves.items() if any(v is not None for v in values)},
+    }

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from fatbench import checkpoint, console, data, models, recipe, runs
 from fatbench.attacks import Crafted, pgd, uniform
 from fatbench.defense import Defense, Verdict
-from fatbench.devices import fabric_on, launched
+from fatbench.device import named
 from fatbench.draws import Draws, hashed, shuffled
 from fatbench.errors import Refused, RunFailed, first_line
 from fatbench.figures import Tally, Yardstick, answers
 from fatbench.files import append_line, read_lines, write_atomic, write_json, write_text
+from fatbench.launch import fabric_on, launched
 from fatbench.quantities import Progress, number, value_at
 from fatbench.recipe import Settings
 from fatbench.team import Share, Team
@@ -119,6 +120,7 @@ class Run:
         self.settings, self.out, self.team, self.fabric = settings, out, team, team.fabric
         self.device = self.fabric.device
         self.defense: Defense = recipe.contestant(settings)
+        recipe.fits(settings, loaded.shape, loaded.info.name)
         channels, height, width = loaded.shape
         if height != width and settings.arch == "small-cnn":
             raise Refused(f"small-cnn takes square images, {loaded.info.name} has {height}x{width}: use another --arch")
@@ -190,6 +192,7 @@ class Run:
             "epoch": after.done, **figures, "val_natural": natural, f"val_{SELECTION}": robust,
             "tau": value_at(self.defense.tau, before) if hasattr(self.defense, "tau") else None,
             "K": self.defense.steps_at(before), "eps": self.defense.eps_at(before), "lr": self.settings.lr_at(before),
+            "device": named(self.device),
         }  # fmt: skip
         verdict = self.defense.after_epoch(after, self.subject, measure)
         self.obey(verdict)

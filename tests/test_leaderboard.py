@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from fatbench import leaderboard, record
+from fatbench import beside, faces, leaderboard, publish, record
 from fatbench.errors import Refused
 from fatbench.quantities import number
 from fatbench.record import Record
@@ -26,6 +26,8 @@ from fatbench.stats import wilson
 
 N = 60
 DIGITS = ("digits", "linf", "8/255", "house v1")
+# What a board has once, however many tables.
+WHOLE = {"index.md", "index.html", "board.csv", "board.json", "columns.md"}
 
 
 def outcomes(n: int, right: dict[str, int]) -> pd.DataFrame:
@@ -85,18 +87,18 @@ def put(tmp_path: Path) -> Write:
 @pytest.fixture
 def tables(tmp_path: Path) -> Callable[[], dict[tuple[str, ...], pd.DataFrame]]:
     """The tables of all that was put."""
-    return lambda: leaderboard.tables(leaderboard.gather(tmp_path / "records"))
+    return lambda: leaderboard.tables(leaderboard.board(leaderboard.gather(tmp_path / "records")))
 
 
 @pytest.fixture
 def published(tmp_path: Path) -> Callable[..., Path]:
     """The folder of the tables of all that was put."""
 
-    def publish(name: str = "board") -> Path:
-        leaderboard.publish(leaderboard.gather(tmp_path / "records"), tmp_path / name)
+    def make(name: str = "board") -> Path:
+        publish.publish(leaderboard.gather(tmp_path / "records"), tmp_path / name)
         return tmp_path / name
 
-    return publish
+    return make
 
 
 def refusal(folder: Path) -> str:
@@ -133,7 +135,7 @@ def test_a_budget_printed_otherwise_shares_the_table_and_is_marked(put: Write, t
     put(eps="0.031")
     put(eps="0.0314")
     (table,) = tables().values()
-    shown = leaderboard.cells(table)
+    shown = faces.cells(table)
     marks = dict(zip(table["eps"], shown["eps train"], strict=True))
     assert marks == {"8/255": "8/255", "0.031": "0.031 (tested at 0.031)", "0.0314": "0.0314 (tested at 0.0314)"}
 
@@ -151,41 +153,49 @@ def test_the_index_names_every_table_and_every_table_has_its_files(put: Write, t
     board = published()
     lines = (board / "index.md").read_text().splitlines()
     assert lines[:2] == ["# Leaderboards", ""]
-    assert lines[2:] == [
-        f"- [{leaderboard.heading(key)}]({leaderboard.slug(key)}.md), 1 rows ([csv]({leaderboard.slug(key)}.csv))"
-        for key in tables()
+    side = "[digits, linf, eps 8/255, all protocols](digits-linf-8_255.md), 2 rows of all protocols and sources"
+    assert lines[2].startswith("- [All of it on one page](index.html)")
+    assert lines[3] == f"- {side} side by side ([csv](digits-linf-8_255.csv), [tex](digits-linf-8_255.tex))"
+    slugs = {key: publish.slug(key) for key in tables()}
+    assert lines[4:] == [
+        f"- [{faces.heading(key)}]({name}.md), 1 rows ([csv]({name}.csv), [tex]({name}.tex))"
+        for key, name in slugs.items()
     ]
-    stems = {leaderboard.slug(key) for key in tables()}
-    assert {path.name for path in board.iterdir()} == {f"{stem}.{end}" for stem in stems for end in ("md", "csv")} | {
-        "index.md"
-    }
+    stems = {publish.slug(key) for key in [*tables(), ("digits", "linf", "8/255")]}
+    each = {f"{stem}.{end}" for stem in stems for end in ("md", "csv", "tex")}
+    assert {path.name for path in board.iterdir()} == each | WHOLE
 
 
 def test_tables_of_names_that_look_alike_do_not_overwrite_each_other(put: Write, published: Any) -> None:
     for dataset in ("my data", "my-data", "my/data", "my_data"):
         put(dataset=dataset)
-    assert len(list(published().glob("*.csv"))) == 4
+    assert len(list(published().glob("*.tex"))) == 4
 
 
 # ------------------------------------------------------------------------------------------------ rows and ranks
 
 
 def test_rows_are_ranked_by_the_worst_case(put: Write, tables: Any) -> None:
-    put({"clean": 59, "fgsm": 20}, defense="trades")
-    put({"clean": 50, "fgsm": 40}, defense="fat")
+    put({"clean": 59, "fgsm": 4}, defense="trades")
+    put({"clean": 58, "fgsm": 55}, defense="fat")
     put({"clean": 55, "fgsm": 30}, defense="mart")
     table = tables()[DIGITS]
     assert table[["rank", "defense"]].to_numpy().tolist() == [[1, "fat"], [2, "mart"], [3, "trades"]]
     first = table.iloc[0]
-    assert (first["clean"], first["fgsm"], first["worst"]) == pytest.approx((100 * 50 / N, 100 * 40 / N, 100 * 40 / N))
+    assert (first["clean"], first["fgsm"], first["worst"]) == pytest.approx((100 * 58 / N, 100 * 55 / N, 100 * 55 / N))
     assert (first["n"], first["seeds"], first["failed"], first["status"]) == (N, 1, 0, "done")
 
 
-def test_ties_share_a_rank_and_the_next_is_skipped(put: Write, tables: Any) -> None:
-    for defense, fgsm in (("fat", 30), ("trades", 40), ("mart", 30), ("madry", 20), ("dat", 30)):
-        put({"clean": 50, "fgsm": fgsm}, defense=defense)
-    assert tables()[DIGITS]["rank"].tolist() == [1, 2, 2, 2, 5]
-    assert tables()[DIGITS]["defense"].tolist() == ["trades", "dat", "fat", "mart", "madry"]
+def test_who_overlaps_with_the_best_shares_its_rank(put: Write, tables: Any) -> None:
+    # Wilson's intervals of n = 60, in percent: 55 [82, 96], 48 [68, 88], 45 [63, 84], 30 [38, 62], 4 [3, 16].
+    for defense, fgsm in (("fat", 48), ("trades", 55), ("mart", 45), ("madry", 4), ("dat", 30), ("cat", 48)):
+        put({"clean": 58, "fgsm": fgsm}, defense=defense)
+    table = tables()[DIGITS]
+    assert table["defense"].tolist() == ["trades", "cat", "fat", "mart", "dat", "madry"]
+    assert table["rank"].tolist() == [1, 1, 1, 1, 5, 6]
+    for row in table.to_dict("records"):
+        assert row["rank"] == 1 + (table["worst_low"] > row["worst_high"]).sum()
+    assert "wholly above" in faces.notes(table)[1]
 
 
 def test_who_is_examined_under_fewer_attacks_is_not_ranked(put: Write, tables: Any) -> None:
@@ -195,7 +205,7 @@ def test_who_is_examined_under_fewer_attacks_is_not_ranked(put: Write, tables: A
     table = tables()[DIGITS]
     assert table["defense"].tolist() == ["fat", "standard", "mart"]
     assert table["rank"].tolist() == [1, pd.NA, pd.NA]
-    shown = leaderboard.cells(table)
+    shown = faces.cells(table)
     assert shown["#"].tolist() == ["1", "–", "–"]
     assert shown["PGD-20"].tolist()[1] == "–"
     assert shown["FGSM"].tolist()[2] == "–"
@@ -215,17 +225,19 @@ def test_a_failed_or_unfinished_run_has_a_row_and_no_number(
     assert (
         row[[f"{a}{end}" for a in ("clean", "fgsm", "worst") for end in ("", "_spread", "_low", "_high")]].isna().all()
     )
-    shown = leaderboard.cells(table).iloc[1]
+    shown = faces.cells(table).iloc[1]
     assert (shown["natural"], shown["FGSM"], shown["worst case"], shown["#"]) == (said, "–", "–", "–")
-    text = (published() / f"{leaderboard.slug(DIGITS)}.md").read_text()
-    assert said in text
-    assert "98" not in text
+    table = "\n".join(
+        line for line in (published() / f"{publish.slug(DIGITS)}.md").read_text().splitlines() if "mart" in line
+    )
+    assert said in table
+    assert "98" not in table
 
 
 def test_a_collapsed_network_is_shown_as_failed(put: Write, tables: Any) -> None:
     put({"clean": 50, "fgsm": 50}, defense="mart", collapsed=True)
     put({"clean": 50, "fgsm": 40}, defense="fat")
-    shown = leaderboard.cells(tables()[DIGITS])
+    shown = faces.cells(tables()[DIGITS])
     assert shown["#"].tolist() == ["1", "–"]
     assert shown["natural"].tolist()[1] == "failed: collapsed to one answer"
     assert shown["FGSM"].tolist()[1] == "–"
@@ -235,7 +247,7 @@ def test_a_table_of_failures_alone_is_a_table(put: Write, tables: Any, published
     put(status="failed: no")
     put(status="unfinished", defense="mart")
     assert tables()[DIGITS]["rank"].isna().all()
-    assert len(pd.read_csv(published() / f"{leaderboard.slug(DIGITS)}.csv")) == 2
+    assert len(pd.read_csv(published() / f"{publish.slug(DIGITS)}.csv")) == 2
 
 
 def test_attacks_stand_in_the_papers_order_and_others_after_them(put: Write, tables: Any) -> None:
@@ -245,7 +257,7 @@ def test_attacks_stand_in_the_papers_order_and_others_after_them(put: Write, tab
     assert columns == [
         "clean", "fgsm", "pgd-20", "pgd-100", "cw-inf", "autoattack", "apgd", "pgd-7", "pgd-50", "worst",
     ]  # fmt: skip
-    assert list(leaderboard.cells(tables()[DIGITS]))[5:11] == [
+    assert list(faces.cells(tables()[DIGITS]))[6:12] == [
         "natural", "FGSM", "PGD-20", "PGD-100", "C&W-inf", "AutoAttack",
     ]  # fmt: skip
 
@@ -273,9 +285,10 @@ def test_seeds_become_one_row_of_median_and_deviation(put: Write, tables: Any) -
     spread = 100 / N * math.sqrt(((40 - 36) ** 2 + (31 - 36) ** 2 + (37 - 36) ** 2) / 2)
     assert (row["fgsm"], row["fgsm_spread"]) == pytest.approx((100 * 37 / N, spread))
     assert row["ids"] == "record-000 record-001 record-002"
-    shown = leaderboard.cells(table).iloc[1]
-    assert (shown["FGSM"], shown["seeds"]) == (f"{100 * 37 / N:.1f} ± {spread:.1f}", "3")
-    assert "median ± standard deviation over training seeds" in leaderboard.notes(table)[0]
+    shown = faces.cells(table).iloc[1]
+    low, high = (100 * bound for bound in wilson(37, N))
+    assert (shown["FGSM"], shown["seeds"]) == (f"{100 * 37 / N:.1f} ± {spread:.1f} [{low:.1f}, {high:.1f}]", "3")
+    assert "median ± standard deviation over training seeds" in faces.notes(table)[0]
 
 
 def test_a_failed_seed_is_counted_and_spoils_nothing(put: Write, tables: Any) -> None:
@@ -284,7 +297,7 @@ def test_a_failed_seed_is_counted_and_spoils_nothing(put: Write, tables: Any) ->
     row = tables()[DIGITS].iloc[0]
     assert (row["rank"], row["seeds"], row["failed"], row["status"]) == (1, 2, 2, "done")
     assert row["fgsm"] == pytest.approx(100 * 41 / N)
-    assert leaderboard.cells(tables()[DIGITS])["seeds"].tolist() == ["2 (+2 failed)"]
+    assert faces.cells(tables()[DIGITS])["seeds"].tolist() == ["2 (+2 failed)"]
 
 
 @pytest.mark.parametrize(
@@ -323,10 +336,10 @@ def test_a_row_of_one_seed_has_wilsons_interval_in_percent(put: Write, tables: A
         bounds = tuple(100 * bound for bound in wilson(k, N))
         assert (row[f"{attack}_low"], row[f"{attack}_high"]) == pytest.approx(bounds)
     low, high = (100 * bound for bound in wilson(50, N))
-    shown = leaderboard.cells(tables()[DIGITS]).iloc[0]
+    shown = faces.cells(tables()[DIGITS]).iloc[0]
     assert shown["natural"] == f"{100 * 50 / N:.1f} [{low:.1f}, {high:.1f}]"
-    assert leaderboard.cells(tables()[DIGITS], intervals=False).iloc[0]["natural"] == f"{100 * 50 / N:.1f}"
-    assert "Wilson 95 % interval" in leaderboard.notes(tables()[DIGITS])[0]
+    assert faces.cells(tables()[DIGITS], brief=True).iloc[0]["natural"] == f"{100 * 50 / N:.1f}"
+    assert "Wilson's 95 % interval" in faces.notes(tables()[DIGITS])[0]
 
 
 # ------------------------------------------------------------------------------------------------ as it is read
@@ -337,10 +350,10 @@ def test_doubts_are_marked_and_told_once(put: Write, tables: Any, published: Any
     put({"clean": 50, "fgsm": 48}, defense="mart")
     put({"clean": 50, "fgsm": 47}, defense="trades", warnings=("gradients vanish",))
     put({"clean": 50, "fgsm": 46}, defense="dat", warnings=("collapsed", "odd"))
-    shown = leaderboard.cells(tables()[DIGITS])["defense"].tolist()
+    shown = faces.cells(tables()[DIGITS])["defense"].tolist()
     assert shown == ["fat [1]", "mart", "trades [1]", "dat [2]"]
-    assert leaderboard.notes(tables()[DIGITS])[1:] == ["[1] gradients vanish", "[2] collapsed; odd"]
-    text = (published() / f"{leaderboard.slug(DIGITS)}.md").read_text()
+    assert faces.notes(tables()[DIGITS])[2:] == ["[1] gradients vanish", "[2] collapsed; odd"]
+    text = (published() / f"{publish.slug(DIGITS)}.md").read_text()
     assert text.count("gradients vanish") == 1
 
 
@@ -357,7 +370,7 @@ def test_no_name_breaks_the_page(where: str, odd: str, put: Write, tables: Any, 
     put(**{where: value})
     put(fields={"tau": 1}, dataset=odd if where == "dataset" else "digits")
     board = published()
-    (page,) = [path for path in board.glob("*.md") if path.name != "index.md"]
+    (page,) = [path for path in board.glob("*.md") if path.name not in WHOLE]
     text = page.read_bytes().decode()
     lines = text.split("\n")
     assert "\r" not in text
@@ -366,17 +379,17 @@ def test_no_name_breaks_the_page(where: str, odd: str, put: Write, tables: Any, 
     assert lines[1] == ""
     table = [columns(line) for line in lines[2 : lines.index("", 2)]]
     assert len(table) == 4
-    assert {len(row) for row in table} == {len(leaderboard.cells(next(iter(tables().values()))).columns)}
+    assert {len(row) for row in table} == {len(faces.cells(next(iter(tables().values()))).columns)}
     index = (board / "index.md").read_bytes().decode()
     assert "<script" not in index
-    assert len(index.splitlines()) == 3
+    assert len(index.splitlines()) == 4
 
 
 def test_the_page_says_what_the_table_says(put: Write, tables: Any, published: Any) -> None:
     put({"clean": 50, "fgsm": 40}, defense="fat")
     put({"clean": 55, "fgsm": 30}, defense="mart")
-    shown = leaderboard.cells(tables()[DIGITS])
-    lines = (published() / f"{leaderboard.slug(DIGITS)}.md").read_text().splitlines()
+    shown = faces.cells(tables()[DIGITS])
+    lines = (published() / f"{publish.slug(DIGITS)}.md").read_text().splitlines()
     assert lines[0] == "# digits, linf, eps 8/255, house v1"
     assert columns(lines[2]) == list(shown.columns)
     assert [columns(line) for line in lines[4:6]] == shown.to_numpy().tolist()
@@ -390,17 +403,13 @@ def test_the_csv_holds_the_tables_numbers(put: Write, tables: Any, published: An
     put({"clean": 58}, defense="trades")
     put(defense="dat", status="failed: no")
     table = tables()[DIGITS]
-    path = published() / f"{leaderboard.slug(DIGITS)}.csv"
-    back = pd.read_csv(path, dtype={"rank": "Int64"}, keep_default_na=False, na_values=[""])
-    assert list(back.columns) == list(table.columns)
-    for column in table.columns:
-        mine, theirs = table[column], back[column]
-        if column in ("rank", "n", "seeds", "failed", "epochs") or column.split("_")[0] in ("clean", "fgsm", "worst"):
-            assert mine.astype(float).tolist() == pytest.approx(theirs.astype(float).tolist(), nan_ok=True, abs=0)
-        else:
-            assert mine.tolist() == theirs.fillna("").tolist()
+    path = published() / f"{publish.slug(DIGITS)}.csv"
+    types = {column.name: column.dtype for column in faces.columns_of(table)}
+    back = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
+    blank = {name: "" for name, dtype in types.items() if dtype == "string"}
+    pd.testing.assert_frame_equal(back.fillna(blank), table[list(types)].fillna(blank))
     with path.open(newline="") as file:
-        assert {len(row) for row in csv.reader(file)} == {len(table.columns)}
+        assert {len(row) for row in csv.reader(file)} == {len(back.columns)}
 
 
 def test_publishing_is_the_same_to_the_byte_wherever_the_records_lie(
@@ -420,7 +429,7 @@ def test_publishing_is_the_same_to_the_byte_wherever_the_records_lie(
     for number_, (seed, defense, options) in shuffled:
         folder = tmp_path / "moved" / f"{number_ % 3}" / f"{9 - number_ % 5}"
         put(seed=seed, defense=defense, ident=f"r-{number_}", weights=f"w-{number_}", folder=folder, **options)
-    leaderboard.publish(leaderboard.gather(tmp_path / "moved"), tmp_path / "again")
+    publish.publish(leaderboard.gather(tmp_path / "moved"), tmp_path / "again")
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == first
 
 
@@ -484,9 +493,9 @@ def test_the_command_prints_and_writes_the_tables(
     assert (done.returncode, done.stderr) == (0, "")
     for said in ("digits, linf, eps 8/255, house v1", "[bold]mart[/]", "83.3", "66.7", "failed: no", "natural"):
         assert said in done.stdout
-    assert done.stdout.splitlines()[-1] == "written: board/index.md"
+    assert done.stdout.splitlines()[-1] == "written: board/index.md and board/index.html"
     assert done.stdout.index("fat") < done.stdout.index("[bold]mart[/]")
-    assert len(list((tmp_path / "board").iterdir())) == 5
+    assert len(list((tmp_path / "board").iterdir())) == 6 + len(WHOLE)
 
 
 def test_the_command_refuses_in_one_line(tmp_path: Path, cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
@@ -499,9 +508,10 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, cli: Callable[..., subp
 
 def test_the_published_tables_are_what_their_records_say(root: Path, tmp_path: Path) -> None:
     board = root / "leaderboard"
-    leaderboard.publish(leaderboard.gather(board / "records"), tmp_path)
+    others = beside.lines(["reported", "robustbench"])
+    publish.publish(leaderboard.gather(board / "records"), tmp_path, others)
     derived = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    published = {path.name: path.read_bytes() for path in board.iterdir() if path.suffix in (".md", ".csv")}
+    published = {path.name: path.read_bytes() for path in board.iterdir() if path.is_file()}
     del published["README.md"]
     assert derived == published
 
@@ -514,7 +524,7 @@ def test_protocols_of_one_name_that_differ_are_not_ranked_together(put: Write, t
         said["hash"] = record.digest({key: said[key] for key in ("schema", "id", "protocol", "result")})
         path.write_text(json.dumps(said))
     with pytest.raises(Refused, match="mean different things by fgsm"):
-        leaderboard.publish(leaderboard.gather(tmp_path / "records"), tmp_path / "board")
+        publish.publish(leaderboard.gather(tmp_path / "records"), tmp_path / "board")
 
 
 def test_an_unfinished_examination_beside_the_finished_one_is_no_failure(put: Write, tables: Any) -> None:
