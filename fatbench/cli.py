@@ -152,14 +152,15 @@ def evaluate(
     said = protocols.load(protocol or protocols.DEFAULT)
     said = said.only(attacks.split(",")) if attacks else said
 
-    from fatbench import checkpoint, data, launch
+    from fatbench import checkpoint, data
+    from fatbench import devices as places
     from fatbench.evaluate import Examination
     from fatbench.evaluate import evaluate as examine
 
     normalisation = _numbers(mean, "--mean"), _numbers(std, "--std")
     if (normalisation[0] is None) != (normalisation[1] is None):
         raise Refused("--mean and --std go together")
-    fabric = launch.fabric_on(device)
+    fabric = places.fabric_on(device)
     loaded = data.load(dataset) if dataset else None
     size = loaded.shape[1] if loaded else 32
     subject = checkpoint.load(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fatbench import checkpoint, data, launch, leaderboard, protocol, recipe, trainer
+from fatbench import checkpoint, data, devices, leaderboard, protocol, recipe, trainer
 from fatbench.console import stderr
 from fatbench.evaluate import Examination, evaluate
 from fatbench.publish import publish
@@ -42,7 +42,7 @@ def demo(
     # A second thread gains little on networks this small, and one gives the same bits on any number of cores.
     torch.set_num_threads(1)
     digits, records = data.load("digits"), []
-    where = launch.fabric_on(device).device
+    where = devices.fabric_on(device).device
     for seed in range(seeds):
         for defense in defenses:
             folder = out / "runs" / f"{defense}-eps{eps.replace('/', '_')}-epochs{epochs}-seed{seed}"

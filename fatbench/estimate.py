@@ -20,7 +20,7 @@ from torch import Tensor
 from fatbench import data
 from fatbench.catalogue import described
 from fatbench.defense import Defense, settings_of
-from fatbench.launch import fabric_on
+from fatbench.devices import fabric_on
 from fatbench.quantities import Progress
 from fatbench.recipe import Settings
 from fatbench.team import Team

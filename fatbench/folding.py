@@ -44,6 +44,11 @@ def folded(model: nn.Module) -> Callable[..., Tensor]:
     return lambda x: copy((x - mean) / std)
 
 
+def layout(device: torch.device, cast: torch.dtype | None) -> torch.memory_format:
+    """How weights had best lie: channels last is what oneDNN computes in. A GPU's float32 was not measured."""
+    return torch.channels_last if device.type == "cpu" or cast is not None else torch.preserve_format
+
+
 def _plain(net: nn.Module) -> bool:
     """Whether it is one of ours, whole: nobody hooked into it or put other layers in."""
     return type(net) in _KNOWN and not any(
@@ -60,10 +65,8 @@ class _Folded:
         self.pairs = dict(_fold(self.graph))
         self.cast = cast
         self.seen: tuple[tuple[int, int], ...] = ()
-        # Channels last is what oneDNN computes in. A GPU's float32 kernels like it less; not measured.
-        last = device.type == "cpu" or cast is not None
         self.graph.to(device=device, dtype=cast)
-        self.graph.to(memory_format=torch.channels_last if last else torch.preserve_format)
+        self.graph.to(memory_format=layout(device, cast))
 
     def __call__(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

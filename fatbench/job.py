@@ -115,9 +115,9 @@ def train_and_examine(folder: Path, device: str, records: Path) -> None:
     trainer.train(settings, run, device=device, devices=settings.ranks, resume=not failed, force=failed)
     examine = Examine.model_validate(read_json(folder / "examine.json", "list of examinations"))
     for examination in _examinations(examine, run):
-        from fatbench import evaluate, launch
+        from fatbench import devices, evaluate
 
-        evaluate.evaluate(examination, records, device=launch.fabric_on(device).device)
+        evaluate.evaluate(examination, records, device=devices.fabric_on(device).device)
 
 
 def _examinations(examine: Examine, run: Path) -> list[Any]:

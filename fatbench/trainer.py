@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from fatbench import checkpoint, console, data, models, recipe, runs
 from fatbench.attacks import Crafted, pgd, uniform
 from fatbench.defense import Defense, Verdict
-from fatbench.device import named
+from fatbench.devices import fabric_on, launched, named
 from fatbench.draws import Draws, hashed, shuffled
 from fatbench.errors import Refused, RunFailed, first_line
 from fatbench.figures import Tally, Yardstick, answers
 from fatbench.files import append_line, read_lines, write_atomic, write_json, write_text
-from fatbench.launch import fabric_on, launched
+from fatbench.folding import layout
 from fatbench.quantities import Progress, number, value_at
 from fatbench.recipe import Settings
 from fatbench.team import Share, Team
@@ -109,8 +109,8 @@ class Student(nn.Module):
         self.net, self.defense = net, defense
 
     def training_step(self, x: Tensor, x_adv: Tensor, y: Tensor, progress: Progress, weight: float) -> Tensor:
-        # Weighed here, in the network's own precision: what leaves the wrapper is float32.
-        return self.defense.loss(self.net, x, x_adv, y, progress) * weight
+        loss = self.defense.loss(self.net, x, x_adv, y, progress)
+        return loss if weight == 1 else loss * weight  # here, in the network's precision: float32 leaves the wrapper
 
 
 class Run:
@@ -133,7 +133,8 @@ class Run:
         net = models.build(settings.arch, loaded.classes, channels, height)
         if settings.mean and settings.std:
             net = models.Normalised(net, settings.mean, settings.std)
-        student = Student(net, self.defense)
+        half = torch.bfloat16 if settings.precision == "bf16-mixed" else None
+        student = Student(net.to(memory_format=layout(self.device, half)), self.defense)
         sgd = torch.optim.SGD(
             [p for p in net.parameters() if p.requires_grad],
             lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay,

@@ -12,9 +12,9 @@ from torch import nn
 
 from fatbench import data, estimate, models
 from fatbench.data import take
+from fatbench.devices import fabric_on
 from fatbench.errors import Refused
 from fatbench.estimate import _pinned, _rehearsed, _Saved, _saving, _stand_in, _steps_an_example, _update
-from fatbench.launch import fabric_on
 from fatbench.recipe import contestant, resolve
 from fatbench.registry import defenses
 from fatbench.team import Team

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import platform
 from collections.abc import Callable
 from datetime import timedelta
 from inspect import signature
@@ -87,6 +88,13 @@ def fabric_on(
         strategy=strategy,
         precision=precision,  # type: ignore[arg-type]
     )
+
+
+def named(device: torch.device | str) -> str:
+    """What a run ran on: `cuda (NVIDIA H100)`, `cpu (x86_64)`."""
+    kind = torch.device(device)
+    name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else platform.processor() or platform.machine()
+    return f"{kind.type} ({name})"
 
 
 def launched(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
