@@ -320,6 +320,51 @@ def demo(
     typer.echo(f"written: {out / 'index.md'} and {out / 'index.html'}")
 
 
+@app.command()
+def sweep(
+    grid: Annotated[str, typer.Argument(metavar="GRID.toml", help="A grid of runs, or a recipe that sweeps.")],
+    out: Out = Path("sweep"),
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    device: Annotated[str, typer.Option(help="As in train; with commas between, one for each worker.")] = "auto",
+    only_print: Annotated[
+        bool, typer.Option("--print", help="Only list the commands of what is to be done, for a cluster's scheduler.")
+    ] = False,
+) -> None:
+    """Do every run of a grid that is not done yet, and examine it; what failed or was killed is launched again."""
+    from fatbench import sweep as sweeps
+
+    folders = sweeps.prepare(sweeps.expand(grid), out)
+    if only_print:
+        typer.echo(sweeps.printed(folders, device))
+        return
+    try:
+        sweeps.work_through(folders, workers, device.split(","))
+    finally:
+        typer.echo(sweeps.report(folders))
+    if (out / "records").is_dir():
+        leaderboard(out / "records", out / "board")
+
+
+@app.command()
+def status(out: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's folder.")] = Path("sweep")) -> None:
+    """Tell how a sweep stands: what is not launched, running, failed and why, done."""
+    from fatbench import sweep as sweeps
+
+    typer.echo(sweeps.report(sweeps.jobs_in(out)))
+
+
+@app.command()
+def job(
+    folder: Annotated[Path, typer.Argument(help="One of a sweep's jobs/.")],
+    device: Device = "auto",
+) -> None:
+    """Do one run of a sweep: what `sweep --print` lists."""
+    from fatbench.job import carry_out, train_and_examine
+
+    records = folder.resolve().parents[1] / "records"
+    carry_out(folder, partial(train_and_examine, device=device, records=records))
+
+
 # ------------------------------------------------------------------------------------------------ helpers
 
 

@@ -109,8 +109,8 @@ class Student(nn.Module):
         self.net, self.defense = net, defense
 
     def training_step(self, x: Tensor, x_adv: Tensor, y: Tensor, progress: Progress, weight: float) -> Tensor:
-        # Weighed here, in the network's own precision: what leaves the wrapper is float32.
-        return self.defense.loss(self.net, x, x_adv, y, progress) * weight
+        loss = self.defense.loss(self.net, x, x_adv, y, progress)
+        return loss if weight == 1 else loss * weight  # here, in the network's precision: float32 leaves the wrapper
 
 
 class Run:
