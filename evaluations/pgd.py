@@ -8,14 +8,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fatbench.attacks import STARTS, Crafted, Objective, cross_entropy, pgd
+from fatbench.attacks import STARTS, Crafted, Friendly, Objective, cross_entropy, cw_margin, pgd
 from fatbench.evaluation import Attacked, Chunk, Evaluation
-from fatbench.quantities import StepSize, step_of
+from fatbench.quantities import NonNegative, StepSize, step_of
 
 
 @dataclass(frozen=True)
 class Pgd(Evaluation):
-    """PGD-N on cross-entropy, constant step, last iterate."""
+    """PGD-N, constant step, on cross-entropy and at the last iterate unless told otherwise.
+
+    With `iterate = "best"` an example stops at the first iterate that misleads, and of several restarts the first that
+    misleads counts in any case.
+    """
 
     name: ClassVar[str] = "pgd"
 
@@ -24,9 +28,14 @@ class Pgd(Evaluation):
     start: Literal["uniform", "gaussian", "natural"] = "uniform"
     clamp_start: bool = True
     restarts: Annotated[int, Field(ge=1)] = 1
+    loss: Literal["cross-entropy", "cw-margin"] = "cross-entropy"
+    kappa: NonNegative = 50.0  # of cw-margin; attack_generator.py:4-16; MART's authors used another and say not which
+    iterate: Literal["last", "best"] = "last"
 
     def objective(self) -> Objective:
-        return cross_entropy
+        if self.loss == "cross-entropy":
+            return cross_entropy
+        return cw_margin if self.kappa == 50.0 else Objective(partial(cw_margin.loss, kappa=self.kappa))
 
     def attack(self, model: nn.Module, chunk: Chunk, eps: float) -> Attacked:
         runs = [self._run(model, chunk, eps, restart) for restart in range(self.restarts)]
@@ -38,12 +47,23 @@ class Pgd(Evaluation):
 
     def _run(self, model: nn.Module, chunk: Chunk, eps: float, restart: int) -> Crafted:
         # The path is one, however long: a longer run goes on from where a shorter one stopped, with identical numbers.
-        path = (self.objective(), step_of(self.step_size, eps), self.start, self.clamp_start, restart)
+        path = (
+            self.objective(),
+            eps,
+            step_of(self.step_size, eps),
+            self.start,
+            self.clamp_start,
+            self.iterate,
+            restart,
+        )
         past, point = chunk.scratch.get(path, (0, None))
         begin = partial(STARTS[self.start], draws=chunk.draws(restart), clamp=self.clamp_start)
         left, known = (self.steps - past, point) if past <= self.steps else (self.steps, None)
         start = begin if known is None else lambda x, eps: known
-        run = pgd(model, chunk.x, chunk.y, eps=eps, step_size=path[1], steps=left, objective=path[0], start=start)
+        stop = Friendly(0, chunk.y) if self.iterate == "best" else None
+        run = pgd(
+            model, chunk.x, chunk.y, eps=eps, step_size=path[2], steps=left, objective=path[0], start=start, stop=stop
+        )
         chunk.scratch[path] = (self.steps, run.x_adv)
         return run
 

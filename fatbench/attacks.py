@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fatbench.draws import Draws
+from fatbench.folding import folded
 
 Mode = Literal["eval", "train"]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -319,6 +320,7 @@ def pgd(
     taken = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     forwards = backwards = 0
     with crafting(model, mode):
+        network: Callable[..., Tensor] = folded(model) if mode == "eval" else model
         made = callable(objective.target) and objective.target is not labels
         forwards += len(x) if made else 0
         target = objective.target(model, x, y) if callable(objective.target) else objective.target
@@ -326,7 +328,7 @@ def pgd(
             if not len(which):
                 break
             point = x_adv[which].requires_grad_()
-            logits = model(point)
+            logits = network(point)
             forwards += len(which)
             now = Now(which, k, x[which], begin[which], point, y[which], logits, target[which], objective.loss)
             moving = torch.ones_like(which, dtype=torch.bool) if stop is None else ~stop(now)

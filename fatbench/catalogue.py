@@ -82,7 +82,7 @@ def described(name: str) -> Dataset:
     raise unknown("dataset", name, [*DATASETS, "path.npz", "a folder"])
 
 
-# name -> one line; fatbench/models.py builds them.
+# name -> one line; fatbench/models.py builds them, and any other wide ResNet by `network`.
 NETWORKS: dict[str, str] = {
     "digits-cnn": "four convolutions of width 16, any image size, 7.9 k parameters on digits",
     "small-cnn": "FAT's Small CNN, 1.6 M parameters",
@@ -91,7 +91,24 @@ NETWORKS: dict[str, str] = {
     "wrn-34-10": "TRADES's WRN-34-10, 48.3 M parameters, 2.1 M of them unused",
     "wrn-40-4": "WRN-40-4, 9.4 M parameters, 0.4 M of them unused",
     "wrn-58-10": "WRN-58-10, 88.8 M parameters, 3.9 M of them unused",
+    "trades-mnist-cnn": "TRADES's MNIST network, four unpadded convolutions, 312 k parameters, 28x28 images",
 }
+
+# Of any depth 6n + 4 and width. TRADES's unused block is there where the listed name has it, or where it is said.
+WIDE = re.compile(r"wrn-(?P<depth>[1-9]\d{0,2})-(?P<width>[1-9]\d?)(?:-(?P<block>sub-block1|plain))?")
+
+
+def network(name: str) -> str:
+    """A network's name as it is spelled here: one of NETWORKS, or another wide ResNet, `wrn-28-10`.
+
+    Raises:
+        Refused: unknown name, with the closest.
+    """
+    spelled = name.strip().lower().replace("_", "-")
+    wide = WIDE.fullmatch(spelled)
+    if spelled in NETWORKS or (wide and int(wide["depth"]) >= 10 and (int(wide["depth"]) - 4) % 6 == 0):
+        return spelled
+    raise unknown("model", name, [*NETWORKS, "wrn-28-10 (any depth 6n+4)"])
 
 
 def family(arch: str) -> str:
@@ -100,7 +117,7 @@ def family(arch: str) -> str:
     >>> family("wrn-32-10"), family("WideResNet-34-10"), family("WideResNet-28-10"), family("ResNet-18")
     ('wrn-32/34-10', 'wrn-32/34-10', 'wrn-28-10', 'resnet-18')
     """
-    wide = re.fullmatch(r"(?:WideResNet|WRN)-(\d+-\d+)", arch, re.IGNORECASE)
+    wide = re.fullmatch(r"(?:WideResNet|WRN)-(\d+-\d+)(?:-sub-block1|-plain)?", arch, re.IGNORECASE)
     name = f"wrn-{wide[1]}" if wide else arch.lower() if arch.lower() in NETWORKS else arch
     return "wrn-32/34-10" if name in ("wrn-32-10", "wrn-34-10") else name
 

@@ -5,6 +5,7 @@ A pickle is only ever read by torch.load(weights_only=True), which builds tensor
 
 from __future__ import annotations
 
+import argparse
 import errno
 import hashlib
 import importlib.util
@@ -18,6 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -25,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fatbench import models, runs
+from fatbench.catalogue import network
 from fatbench.errors import Refused, first_line
 from fatbench.files import canonical, read_json, write_atomic
 from fatbench.protocol import told
@@ -214,9 +217,23 @@ class Described(BaseModel):
     std: list[float] | None
 
 
+def _inert() -> list[Any]:
+    """What trainers leave beside weights, that builds a value and runs nothing: arguments, and figures of numpy's."""
+    scalar = np.float64(0).__reduce__()[0]
+    assert not isinstance(scalar, str)
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # before numpy 2 and since
+    return [
+        argparse.Namespace,
+        np.dtype,
+        *((scalar, name) for name in names),
+        *map(type, map(np.dtype, "?bhilqBHILQefd")),
+    ]
+
+
 def _read_pickle(path: Path) -> State:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_inert()):
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) or "Unsupported" in str(error):
             raise Refused(
@@ -258,19 +275,27 @@ def _recognised(state: State, arch: str | None, size: int, path: Path) -> tuple[
     if not rows or not channels:
         raise Refused(f"{path} holds no convolution and linear layer: give the network with --model file.py:factory")
     # No network here has fewer channels anywhere than in its image; its classes are the rows of one of its matrices.
-    names = [arch.replace("_", "-")] if arch else list(models.ARCHITECTURES)
     theirs = [_shapes(variant) for variant in _variants(state)]
+    wide = next(filter(None, map(models.recognised, theirs)), None)
+    names = [network(arch)] if arch else [*models.ARCHITECTURES, *([wide] if wide else [])]
     for name, classes in product(names, dict.fromkeys(reversed(rows))):
-        with torch.device("meta"):
-            candidate = _shapes(models.build(name, classes, min(channels), max(size, 8)).state_dict())
-        if candidate in theirs:
-            return name, models.build(name, classes, min(channels), max(size, 8))
+        if _imagined(name, classes, min(channels), size) in theirs:
+            return name, models.build(name, classes, min(channels), size)
     if arch:
-        return names[0], models.build(names[0], rows[-1], min(channels), max(size, 8))
+        return names[0], models.build(names[0], rows[-1], min(channels), size)
     raise Refused(
         f"{path}: its {len(state)} tensors fit none of {', '.join(models.ARCHITECTURES)}: give --arch, or the network "
         "with --model file.py:factory"
     )
+
+
+def _imagined(name: str, classes: int, channels: int, size: int) -> dict[str, torch.Size] | None:
+    """The keys and shapes that a network would have; None where it takes no images of this size."""
+    try:
+        with torch.device("meta"):
+            return _shapes(models.build(name, classes, channels, size).state_dict())
+    except Refused:
+        return None
 
 
 def _made_by(factory: str) -> nn.Module:

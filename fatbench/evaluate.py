@@ -9,10 +9,12 @@ from __future__ import annotations
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from fatbench.device import named
 from fatbench.errors import Refused, first_line
 from fatbench.evaluation import Attacked, Chunk, Evaluation, examiner
 from fatbench.files import append_line, canonical, digest, disk, locked, read_lines, write_text
-from fatbench.protocol import Protocol
+from fatbench.protocol import Protocol, budget_of
 from fatbench.quantities import number
 from fatbench.record import Record, count, outcomes_hash, read, write
 from fatbench.stats import wilson
@@ -46,7 +48,7 @@ class Examination:
 
     Attributes:
         eps: As published.
-        n: The first n test examples; all where None.
+        n: The first n test examples; as many as the protocol says where None, and all where that is silent.
         balanced: A class-balanced draw of n instead.
         chunk: Examples attacked together.
     """
@@ -63,7 +65,7 @@ class Examination:
     def rows(self) -> np.ndarray:
         """The test examples' places, ascending."""
         total = len(self.data.y_test)
-        n = total if self.n is None else self.n
+        n = min(self.protocol.n or total, total) if self.n is None else self.n
         if not 1 <= n <= total:
             raise Refused(f"--n {n}: {self.data.info.name} has {total} test examples")
         if not self.balanced or n == total:
@@ -73,10 +75,19 @@ class Examination:
     def examiners(self) -> dict[str, Evaluation]:
         return {name: examiner(name, self.protocol.settings_for(name)) for name in self.protocol.attacks}
 
+    def eps_of(self, attack: str) -> float:
+        return number(budget_of(attack) or self.eps)
+
+    def meant(self) -> dict[str, dict[str, Any]]:
+        """Every setting of every attack, as the record tells it."""
+        told = {name: {"family": e.name, **asdict(e)} for name, e in self.examiners().items()}
+        for before, name in pairwise(("clean", *told) if self.protocol.standing else ()):
+            told[name]["standing_after"] = before
+        return told
+
     def plan(self) -> dict[str, Any]:
         """Everything the result depends on, as plain JSON: its digest is the record's id."""
         protocol = self.protocol.model_dump(mode="json", include={"name", "version", "source"})
-        attacks = {name: {"family": e.name, **asdict(e)} for name, e in self.examiners().items()}
         rows = self.rows()
         rule = "all" if len(rows) == len(self.data.y_test) else "balanced" if self.balanced else "first"
         samples = {
@@ -84,7 +95,7 @@ class Examination:
             "classes": self.data.classes, "n": len(rows), "of": len(self.data.y_test), "rule": rule,
         }  # fmt: skip
         return {
-            "protocol": {**protocol, "attacks": attacks}, "network": _network(self.subject), "data": samples,
+            "protocol": {**protocol, "attacks": self.meant()}, "network": _network(self.subject), "data": samples,
             "eps": self.eps, "eps_value": number(self.eps), "seed": self.seed, "chunk": self.chunk, "norm": "linf",
         }  # fmt: skip
 
@@ -208,6 +219,7 @@ class Ledger:
 
 def _examine(task: Examination, model: nn.Module, ledger: Ledger, device: torch.device | str) -> None:
     rows, examiners = task.rows(), task.examiners()
+    before = dict(pairwise(reversed(("clean", *examiners))))
     parts = [rows[first : first + task.chunk] for first in range(0, len(rows), task.chunk)]
     todo = [(c, attack) for c in range(len(parts)) for attack in ("clean", *examiners)]
     if ledger.resumed:
@@ -220,7 +232,12 @@ def _examine(task: Examination, model: nn.Module, ledger: Ledger, device: torch.
                 continue
             if chunk is None or current != c:
                 chunk, current = _chunk(task, parts[c], device), c
-            entry = _attacked(model, chunk, attack, examiners.get(attack), number(task.eps))
+            run = partial(_attacked, model, examiner=examiners.get(attack), eps=task.eps_of(attack))
+            if task.protocol.standing and attack != "clean":
+                former = ledger.entries[c, before[attack]]
+                entry = _on_standing(chunk, former, run)
+            else:
+                entry = run(chunk)
             ledger.add({"chunk": c, "attack": attack, **entry})
             bar.advance(f"{attack}, chunk {c + 1} of {len(parts)}")
 
@@ -230,7 +247,7 @@ def _chunk(task: Examination, rows: np.ndarray, device: torch.device | str) -> C
     return Chunk(x, task.data.y_test[rows].to(device), rows, task.data.classes, task.seed)
 
 
-def _attacked(model: nn.Module, chunk: Chunk, name: str, examiner: Evaluation | None, eps: float) -> dict[str, Any]:
+def _attacked(model: nn.Module, chunk: Chunk, examiner: Evaluation | None, eps: float) -> dict[str, Any]:
     """One attack on one chunk: predictions, and whom it broke."""
     began = time.perf_counter()
     attacked = Attacked(chunk.x, 0, 0) if examiner is None else examiner.attack(model, chunk, eps)
@@ -243,6 +260,17 @@ def _attacked(model: nn.Module, chunk: Chunk, name: str, examiner: Evaluation | 
         "backwards": backwards, "warnings": list(warnings), "stages": stages,
         "seconds": round(time.perf_counter() - began, 3),
     }  # fmt: skip
+
+
+def _on_standing(chunk: Chunk, former: dict[str, Any], run: Callable[[Chunk], dict[str, Any]]) -> dict[str, Any]:
+    """An attack on whom the former left standing; the others stay as fallen as they were."""
+    predictions, broken = np.asarray(former["pred"]), np.asarray(former["broken"])
+    standing = np.flatnonzero(~broken)
+    entry = {"forwards": 0, "backwards": 0, "warnings": [], "stages": {}, "seconds": 0.0, "pred": [], "broken": []}
+    if len(standing):
+        entry = run(chunk.part(standing))
+    predictions[standing], broken[standing] = entry["pred"], entry["broken"]
+    return {**entry, "pred": predictions.tolist(), "broken": broken.tolist()}
 
 
 @torch.no_grad()
@@ -292,8 +320,8 @@ def _findings(task: Examination, ledger: Ledger) -> Findings:
         columns[f"{attack}.broken"] = np.concatenate([np.asarray(e["broken"], dtype=bool) for e in entries])
         costs[attack] = {key: sum(e[key] for e in entries) for key in ("forwards", "backwards", "seconds")}
         warnings |= dict.fromkeys(f"{attack}: {w}" for e in entries for w in e["warnings"])
-        if entries[0]["stages"]:
-            stages[attack] = {stage: sum(e["stages"][stage] for e in entries) for stage in entries[0]["stages"]}
+        if named := dict.fromkeys(stage for e in entries for stage in e["stages"]):
+            stages[attack] = {stage: sum(e["stages"].get(stage, 0) for e in entries) for stage in named}
     table = pd.DataFrame(columns)
     return Findings(table, stages, (*warnings, *_black_box(stages, len(rows))), costs)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from fatbench.defense import build, settings_of
@@ -55,6 +56,11 @@ class Chunk:
     seed: int
     scratch: dict[Any, Any] = field(default_factory=dict)
 
+    def part(self, which: np.ndarray) -> Chunk:
+        """Some of its examples, by place; an example's starts stay its own."""
+        rows = torch.as_tensor(which, device=self.x.device)
+        return Chunk(self.x[rows].contiguous(), self.y[rows], self.indices[which], self.classes, self.seed)
+
     def draws(self, restart: int = 0) -> Draws:
         """Random starts keyed by (seed, kind of start, restart, example): never by attack name, batch or rank."""
         return Draws(("evaluation", self.seed), self.indices).restart(restart)
@@ -76,12 +82,12 @@ class Evaluation:
 
 
 def examiner(attack: str, settings: dict[str, Any]) -> Evaluation:
-    """The examiner of an attack's name: `fgsm`, `cw-inf`, `autoattack`, or with its steps, `pgd-20`.
+    """The examiner of an attack's name: `fgsm`, `cw-inf`, `autoattack`, or with its steps, `pgd-20`, `pgd-20@16/255`.
 
     Raises:
         Refused: nobody has that name, or a setting does not fit.
     """
-    name = attack.lower().replace("_", "-")
+    name = attack.partition("@")[0].lower().replace("_", "-")
     if name in evaluations:
         return _built(name, dict(settings))
     family, _, steps = name.rpartition("-")

@@ -1,20 +1,23 @@
 """The networks, with the state_dict keys of the official code, so that released weights load as they are.
 
 digits-cnn is ours. small-cnn, resnet-18 and the wide ResNets are those of FAT (ICML 2020), which took them from TRADES
-and MART; wrn-32-10 is what FAT's code calls Madry's network. Inputs are (N, channels, H, W) in [0, 1], unnormalised;
-`Normalised` wraps a network where a dataset or checkpoint asks for mean and standard deviation.
+and MART; wrn-32-10 is what FAT's code calls Madry's network, trades-mnist-cnn what TRADES's calls SmallCNN.
+Inputs are (N, channels, H, W) in [0, 1], unnormalised; `Normalised` wraps a network where a dataset or checkpoint asks
+for mean and standard deviation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fatbench.errors import Refused, unknown
+from fatbench.catalogue import WIDE, network
+from fatbench.errors import Refused
 
 
 class DigitsCNN(nn.Sequential):
@@ -53,6 +56,32 @@ class SmallCNN(nn.Module):
             x = F.max_pool2d(x, 2)
         hidden: Tensor = F.relu(self.fc1(x.flatten(1)))
         logits: Tensor = self.fc2(hidden)
+        return logits
+
+
+class TradesMnistCNN(nn.Module):
+    """TRADES's network for MNIST: four unpadded 3x3 convolutions of 32-32-64-64, three linear layers, no BatchNorm."""
+
+    def __init__(self, classes: int = 10, channels: int = 1, size: int = 28) -> None:
+        super().__init__()
+        side = ((size - 4) // 2 - 4) // 2
+        if side < 1:
+            raise Refused(f"trades-mnist-cnn pads nothing: images of at least 16x16, not {size}x{size}")
+        self.feature_extractor = nn.Sequential()
+        widths = (channels, 32, 32, 64, 64)
+        for i, (inputs, outputs) in enumerate(pairwise(widths), start=1):
+            self.feature_extractor.add_module(f"conv{i}", nn.Conv2d(inputs, outputs, 3))
+            self.feature_extractor.add_module(f"relu{i}", nn.ReLU())
+            if i in (2, 4):
+                self.feature_extractor.add_module(f"maxpool{i // 2}", nn.MaxPool2d(2))
+        self.classifier = nn.Sequential()
+        for i, (inputs, outputs) in enumerate(pairwise((64 * side**2, 200, 200, classes)), start=1):
+            self.classifier.add_module(f"fc{i}", nn.Linear(inputs, outputs))
+            if i < 3:
+                self.classifier.add_module(f"relu{i}", nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.feature_extractor(x).flatten(1))
         return logits
 
 
@@ -194,6 +223,7 @@ ARCHITECTURES: dict[str, Callable[[int, int, int], nn.Module]] = {
     "wrn-34-10": lambda n, c, s: _wide(5, 10, True, n, c),
     "wrn-40-4": lambda n, c, s: _wide(6, 4, True, n, c),
     "wrn-58-10": lambda n, c, s: _wide(9, 10, True, n, c),
+    "trades-mnist-cnn": lambda n, c, s: TradesMnistCNN(n, c, s),
 }
 
 
@@ -205,15 +235,30 @@ def build(arch: str, classes: int = 10, channels: int = 3, size: int = 32) -> nn
     """A freshly initialised network, from torch's own random stream.
 
     Args:
-        arch: A name of ARCHITECTURES; underscores are accepted.
+        arch: A name of ARCHITECTURES, or another wide ResNet, wrn-28-10; underscores are accepted.
         classes: Logits.
         channels: Of the image.
-        size: Side of the square image; only small-cnn's linear layer depends on it.
+        size: Side of the square image; only the linear layers of small-cnn and trades-mnist-cnn depend on it.
 
     Raises:
         Refused: unknown name, with the closest.
     """
-    name = arch.replace("_", "-")
-    if name not in ARCHITECTURES:
-        raise unknown("model", arch, ARCHITECTURES)
-    return ARCHITECTURES[name](classes, channels, size)
+    name = network(arch)
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name](classes, channels, size)
+    wide = WIDE.fullmatch(name)
+    assert wide is not None  # `network` lets nothing else through
+    return _wide((int(wide["depth"]) - 4) // 6, int(wide["width"]), wide["block"] == "sub-block1", classes, channels)
+
+
+def recognised(keys: Mapping[str, Sequence[int]]) -> str | None:
+    """The name of the wide ResNet, listed or not, whose state_dict has these keys and shapes; None if it is none."""
+    blocks = {key.split(".")[2] for key in keys if key.startswith("block1.layer.")}
+    first = keys.get("block1.layer.0.conv1.weight", ())
+    if not blocks or len(first) != 4 or first[0] % 16:
+        return None
+    plain = f"wrn-{6 * len(blocks) + 4}-{first[0] // 16}"
+    dead = any(key.startswith("sub_block1.") for key in keys)
+    if plain in ARCHITECTURES:  # a listed name means the network of its paper, with the unused block
+        return plain if dead else f"{plain}-plain"
+    return f"{plain}-sub-block1" if dead else plain

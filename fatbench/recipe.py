@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from fatbench.catalogue import NETWORKS, described
+from fatbench.catalogue import described, network
 from fatbench.errors import Refused, first_line, unknown
 from fatbench.protocol import told
 from fatbench.quantities import Eps, Moment, NonNegative, Positive, Progress, ascending, number, value_at
@@ -144,8 +144,7 @@ def _validated(said: dict[str, Any]) -> Settings:
         settings = Settings.model_validate(said)
     except ValidationError as error:
         raise Refused(f"settings: {told(error)}") from None
-    if settings.arch not in NETWORKS:
-        raise unknown("model", settings.arch, NETWORKS)
+    network(settings.arch)
     if (settings.mean is None) != (settings.std is None):
         raise Refused("settings: mean and std go together")
     contestant = build(defenses[settings.defense], {**settings.fields, "eps": number(settings.eps)})

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fatbench.errors import Refused, first_line
 from fatbench.files import digest, read_json, write_atomic, write_json
-from fatbench.protocol import told
+from fatbench.protocol import budget_of, told
 from fatbench.quantities import Eps
 
 SCHEMA = 1
@@ -199,10 +199,13 @@ def _agree(record: Record, path: Path) -> None:
 
 
 def count(table: pd.DataFrame, attacks: list[str]) -> dict[str, int]:
-    """Examples still right: clean, under each attack, and under the worst of all for each example."""
+    """Examples still right: clean, under each attack, and under the worst of all for each example.
+
+    An attack with a budget of its own, `pgd-20@16/255`, is no part of the worst.
+    """
     wrong = table["clean_pred"] != table["label"]
     right = {"clean": int((~wrong).sum())}
     for attack in attacks:
         right[attack] = int((~table[f"{attack}.broken"]).sum())
-        wrong = wrong | table[f"{attack}.broken"]
+        wrong = wrong if budget_of(attack) else wrong | table[f"{attack}.broken"]
     return {**right, "worst": int((~wrong).sum())}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fatbench import protocol, recipe
-from fatbench.catalogue import DATASETS, NETWORKS
+from fatbench.catalogue import DATASETS, NETWORKS, network
 from fatbench.errors import unknown
 from fatbench.registry import defenses, evaluations
 
@@ -69,15 +69,15 @@ def _model(name: str) -> str:
 
     from fatbench import models
 
-    if name.replace("_", "-") not in NETWORKS:
-        raise unknown("model", name, NETWORKS)
+    name = network(name)
+    channels, size = (1, 28) if name == "trades-mnist-cnn" else (3, 32)
     with torch.device("meta"):
-        net = models.build(name)
+        net = models.build(name, 10, channels, size)
     parameters = list(net.parameters())
     total, used = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     rows = [f"  {key} {tuple(value.shape)}" for key, value in net.state_dict().items()]
-    size = f"{total:,} parameters, {used:,} of them in use (10 classes, 3 channels)"
-    return "\n".join([f"{name}: {NETWORKS[name.replace('_', '-')]}", size, *rows])
+    said = f"{total:,} parameters, {used:,} of them in use (10 classes, {channels} x {size} x {size} images)"
+    return "\n".join([f"{name}: {NETWORKS.get(name, 'a wide ResNet')}", said, *rows])
 
 
 def _dataset(name: str) -> str:

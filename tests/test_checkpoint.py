@@ -276,8 +276,23 @@ def test_a_whole_pickled_module_is_refused(zipped: bool, net: nn.Module, tmp_pat
 
 
 def test_a_state_dict_beside_objects_of_classes_is_refused(net: nn.Module, tmp_path: Path) -> None:
-    torch.save({"state_dict": net.state_dict(), "args": argparse.Namespace(lr=0.1)}, tmp_path / "net.pt")
+    torch.save({"state_dict": net.state_dict(), "where": Path("here")}, tmp_path / "net.pt")
     assert "save model.state_dict()" in refusal(tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize(
+    ("module", "zipped"),  # a zip's checksums do not let its text be changed
+    [(b"numpy._core.multiarray", True), (b"numpy._core.multiarray", False), (b"numpy.core.multiarray", False)],
+    ids=["zip", "legacy", "legacy of numpy 1"],
+)
+def test_arguments_and_figures_that_numpy_counted_may_lie_beside_the_weights(
+    module: bytes, zipped: bool, net: nn.Module, tmp_path: Path
+) -> None:
+    figures = {"acc": np.float64(0.5), "bp": np.float32(3), "n": np.int64(2), "done": np.bool_(True)}
+    said = {"state_dict": net.state_dict(), "args": argparse.Namespace(lr=0.1), **figures}
+    whole = torch_bytes(said, _use_new_zipfile_serialization=zipped)
+    (tmp_path / "net.pt").write_bytes(whole.replace(b"numpy._core.multiarray", module))
+    assert checkpoint.load(tmp_path / "net.pt", size=8).fingerprint == checkpoint.fingerprint(net)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +338,7 @@ def test_metadata_of_the_wrong_types_is_refused(wrong: dict[str, Any], net: nn.M
 
 def test_an_unknown_network_in_the_metadata_is_refused_with_the_closest(net: nn.Module, path: Path) -> None:
     checkpoint.save(path, net, {**META, "arch": "digit-cnn"})
-    assert "unknown model 'digit-cnn': did you mean digits-cnn?" in refusal(path)
+    assert "unknown model 'digit-cnn': did you mean digits-cnn" in refusal(path)
 
 
 def test_a_long_header_is_not_mistaken_for_a_web_page(net: nn.Module, path: Path) -> None:
@@ -432,6 +447,25 @@ def test_classes_channels_and_size_are_read_from_the_weights(
     subject = checkpoint.load(tmp_path / "net.pt", size=size)
     assert subject.meta["arch"] == "small-cnn"
     assert subject.model(torch.rand(2, channels, size, size)).shape == (2, classes)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    ("blocks", "width", "dead", "arch"),
+    [
+        (1, 1, False, "wrn-10-1"), (2, 4, False, "wrn-16-4"), (1, 2, True, "wrn-10-2-sub-block1"),
+        (6, 4, True, "wrn-40-4"), (6, 4, False, "wrn-40-4-plain"),
+    ],
+)  # fmt: skip
+def test_a_wide_resnet_of_any_depth_and_width_is_recognised(
+    blocks: int, width: int, dead: bool, arch: str, prefix: str, tmp_path: Path
+) -> None:
+    net = models.WideResNet(blocks, width, sub_block1=dead, classes=7)
+    torch.save({"epoch": 76, "state_dict": {prefix + k: v for k, v in net.state_dict().items()}}, tmp_path / "net.pt")
+    subject = checkpoint.load(tmp_path / "net.pt")
+    assert subject.meta["arch"] == arch
+    assert subject.model(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    assert checkpoint.load(tmp_path / "net.pt", arch=arch.replace("-", "_")).fingerprint == subject.fingerprint
 
 
 def test_weights_of_no_known_network_ask_for_a_factory(tmp_path: Path) -> None:
@@ -599,15 +633,18 @@ class Net(nn.Module):
     [
         ("mipverify_mnist_WK17a.pth", WONG_KOLTER, "make", 189),  # published: clean error 1.89 %
         ("trades_mnist_smallcnn.pt", TRADES, "Net", 52),  # published: clean accuracy 99.48 %
+        ("trades_mnist_smallcnn.pt", "", "", 52),  # recognised
     ],
-    ids=["wong-kolter", "trades"],
+    ids=["wong-kolter", "trades", "trades recognised"],
 )
 def test_a_published_network_has_its_published_accuracy(
     file: str, source: str, factory: str, errors: int, shared: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "theirs.py").write_text(source)
     weights = shared / "data" / "checkpoints" / file
-    subject = checkpoint.load(weights, factory=f"{tmp_path / 'theirs.py'}:{factory}", size=28)
+    given = f"{tmp_path / 'theirs.py'}:{factory}" if factory else None
+    subject = checkpoint.load(weights, factory=given, size=28)
+    assert subject.meta["arch"] == (given or "trades-mnist-cnn")
     with np.load(shared / "data" / "mnist.npz") as mnist:
         x, y = torch.from_numpy(mnist["x_test"])[:, None].float() / 255, torch.from_numpy(mnist["y_test"])
     with torch.no_grad():

@@ -140,7 +140,7 @@ def test_a_record_says_what_was_examined_and_what_was_found(task: Examination, t
     assert list(result.correct) == ["clean", *QUICK.attacks, "worst"]
     assert done.protocol.attacks["cw-inf"] == {
         "family": "cw-inf", "steps": 4, "step_size": "eps/4", "start": "uniform", "clamp_start": True, "restarts": 1,
-        "kappa": 50.0,
+        "loss": "cw-margin", "kappa": 50.0, "iterate": "last",
     }  # fmt: skip
     assert 0 < result.correct["worst"] < result.correct["clean"]  # or the tests below would see little
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == [
@@ -271,14 +271,14 @@ def test_what_is_done_is_not_done_again(task: Examination, tmp_path: Path, monke
     cut_short(task, tmp_path, 12)
     asked = []
 
-    def watched(model: nn.Module, chunk: Chunk, name: str, *rest: Any) -> dict[str, Any]:
-        asked.append((int(chunk.indices[0]), name))
-        return attacked(model, chunk, name, *rest)
+    def watched(model: nn.Module, chunk: Chunk, *, examiner: Any, eps: float) -> dict[str, Any]:
+        asked.append((int(chunk.indices[0]), examiner.name, examiner.steps))
+        return attacked(model, chunk, examiner=examiner, eps=eps)
 
     attacked = harness._attacked
     monkeypatch.setattr(harness, "_attacked", watched)
     evaluate(task, tmp_path)
-    assert asked == [(16, "pgd-3"), (16, "pgd-10"), (16, "cw-inf")]
+    assert asked == [(16, "pgd", 3), (16, "pgd", 10), (16, "cw-inf", 4)]
 
 
 def test_a_line_cut_within_a_letter_is_left_out(asking: Callable[..., Protocol], tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fatbench.attacks import Converged, Crafted, Friendly, Now, Objective, cross_entropy, cw_margin, kl, pgd
+from fatbench import protocol as protocols
+from fatbench.attacks import STARTS, Converged, Crafted, Friendly, Now, Objective, cross_entropy, cw_margin, kl, pgd
 from fatbench.defense import build
-from fatbench.quantities import Progress
+from fatbench.evaluation import Chunk, examiner
+from fatbench.quantities import Progress, number
 from fatbench.registry import defenses
 
 World = tuple[nn.Module, Tensor, Tensor]
@@ -163,6 +165,35 @@ def test_the_evaluation_s_attacks_are_the_official_pgd(golden: Golden, golden_wo
     logits = net(crafted.x_adv)
     near(logits, arrays[f"{name}/logits"])
     same(logits.argmax(dim=1) == y, arrays[f"{name}/correct"])
+
+
+BY_PROTOCOL = [
+    ("fgsm_rs", "dat-2019", "fgsm"),
+    ("fgsm_rs", "trades-2019-rs", "fgsm"),
+    ("fgsm_rs", "mart-2020-script", "fgsm"),
+    ("fgsm_nors", "trades-2019", "fgsm"),
+    ("pgd20_dat_rs", "dat-2019", "pgd-20"),
+    ("cw30_dat_rs", "dat-2019", "cw-inf"),
+    ("pgd20_trades_nors", "trades-2019", "pgd-20"),
+    ("cw30_trades_nors", "trades-2019", "cw-inf"),
+    ("pgd20_trades_rs", "trades-2019-rs", "pgd-20"),
+    ("pgd20_trades_rs", "mart-2020-script", "pgd-20"),
+]
+
+
+@pytest.mark.parametrize(("name", "protocol", "attack"), BY_PROTOCOL)
+def test_a_protocol_by_its_name_examines_as_the_official_code_does(
+    golden: Golden, golden_world: World, monkeypatch: pytest.MonkeyPatch, name: str, protocol: str, attack: str
+) -> None:
+    (net, x, y), arrays, said = golden_world, golden("pgd_eval"), protocols.load(protocol)
+    drawn = torch.as_tensor(arrays[f"{name}/x_init"])
+    if name.endswith("_rs"):  # what the official code drew, where ours would draw its own
+        monkeypatch.setitem(STARTS, "uniform", lambda x, eps, **how: drawn)
+    made = examiner(attack, said.settings_for(attack))
+    chunk = Chunk(x, y, np.arange(len(x)), 10, 0)
+    x_adv = made.attack(net, chunk, number(said.eps)).x_adv
+    near(x_adv, arrays[f"{name}/adv"])
+    same(net(x_adv).argmax(dim=1) == y, arrays[f"{name}/correct"])
 
 
 def leaves(arrays: Any) -> tuple[Tensor, Tensor, Tensor]:

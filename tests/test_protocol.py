@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from fatbench import protocol
 from fatbench.errors import Refused, Unknown
 from fatbench.evaluation import Evaluation, examiner
+from fatbench.quantities import number, step_of
 from fatbench.stats import over_seeds
 
 MINE: dict[str, Any] = {
@@ -70,7 +72,7 @@ def test_every_setting_of_a_built_in_protocol_reaches_its_examiner(name: str) ->
     assert list(made) == said["attacks"]
     used = set()
     for attack, one in made.items():
-        family, _, steps = attack.rpartition("-")
+        family, _, steps = attack.partition("@")[0].rpartition("-")
         key = attack if attack in said["families"] else family
         used.add(key)
         wanted = {**said["families"].get(key, {}), **({"steps": int(steps)} if steps.isdigit() else {})}
@@ -96,7 +98,10 @@ def test_a_users_protocol_is_a_path(mine: Callable[..., str]) -> None:
     said = protocol.load(mine(eps="0.031", families={"pgd": {"restarts": 5, "step_size": "2/255", "start": "natural"}}))
     assert (said.name, said.version, said.eps, said.attacks) == ("mine", 3, "0.031", ("fgsm", "pgd-20"))
     made = asdict(examiners(said)["pgd-20"])
-    assert made == {"steps": 20, "step_size": "2/255", "start": "natural", "clamp_start": True, "restarts": 5}
+    assert made == {
+        "steps": 20, "step_size": "2/255", "start": "natural", "clamp_start": True, "restarts": 5,
+        "loss": "cross-entropy", "kappa": 50, "iterate": "last",
+    }  # fmt: skip
 
 
 def test_an_attack_may_have_settings_of_its_own(mine: Callable[..., str]) -> None:
@@ -252,3 +257,82 @@ def test_the_order_of_seeds_does_not_matter(values: list[float]) -> None:
 def test_a_step_that_does_not_climb_is_refused(backwards: str) -> None:
     with pytest.raises(Refused, match="step_size"):
         examiner("pgd-3", {"step_size": backwards})
+
+
+# ------------------------------------------------------------------------------------------------ the papers' own
+
+# By hand from FAT's Tables 1-4, Figures 4-20 and appendix H: eps, start, alpha in pixel units, attacks, test examples.
+FOUR = ["fgsm", "pgd-20", "cw-inf", "pgd-100"]
+THREE = ["fgsm", "pgd-20", "cw-inf"]
+PAPERS: dict[str, tuple[str, str, float, list[str], int]] = {
+    "dat-2019": ("0.031", "uniform", 0.00775, FOUR, 10_000),
+    "trades-2019": ("0.031", "natural", 0.003, FOUR, 10_000),
+    "trades-2019-rs": ("0.031", "uniform", 0.003, THREE, 10_000),
+    "trades-2019-mnist": ("0.3", "uniform", 0.01, ["pgd-40"], 10_000),
+    "mart-2020": ("8/255", "uniform", 0.8 / 255, THREE, 10_000),
+    "mart-2020-script": ("0.031", "uniform", 0.003, THREE, 10_000),
+    "fat-fig4": ("8/255", "uniform", 0.003, ["fgsm", "pgd-10", "pgd-20", "pgd-100", "cw-inf"], 10_000),
+    "fat-6.1-cifar10": (
+        "8/255", "uniform", 2 / 255, ["fgsm", "pgd-20", "pgd-100", "cw-inf", "pgd-20@16/255"], 10_000,
+    ),
+    "fat-6.1-svhn": ("4/255", "uniform", 2 / 255, ["fgsm", "pgd-20", "pgd-100", "cw-inf", "pgd-20@8/255"], 26_032),
+}  # fmt: skip
+STEPS = {"fgsm": 1, "pgd-10": 10, "pgd-20": 20, "pgd-40": 40, "pgd-100": 100, "cw-inf": 30}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_papers_protocol_says_the_papers_numbers(name: str) -> None:
+    eps, start, alpha, attacks, n = PAPERS[name]
+    said = protocol.load(name)
+    assert (said.eps, list(said.attacks), said.n, said.standing) == (eps, attacks, n, False)
+    for attack, made in examiners(said).items():
+        plain = attack.partition("@")[0]
+        told = asdict(made)
+        radius = number(protocol.budget_of(attack) or eps)
+        wanted = radius if plain == "fgsm" else alpha
+        assert step_of(told["step_size"], radius) == pytest.approx(wanted, abs=1e-15), attack
+        assert (told["steps"], told["start"], told["clamp_start"]) == (STEPS[plain], start, True)
+        assert (told["loss"], told["kappa"]) == ("cw-margin" if plain == "cw-inf" else "cross-entropy", 50)
+        assert (told["iterate"], told["restarts"]) == ("last", 1)
+
+
+def test_robustbenchs_protocol_is_autoattack_standard_on_the_first_ten_thousand() -> None:
+    said = protocol.load("robustbench-linf")
+    assert (said.eps, said.n, said.attacks) == ("8/255", 10_000, ("autoattack",))
+    assert asdict(examiners(said)["autoattack"])["version"] == "standard"
+
+
+def test_every_shelved_protocol_cites_its_source() -> None:
+    for name in protocol.shelf():
+        said = protocol.load(name)
+        assert re.search(r"Table|Figure|\.py|\.sh|\(20\d\d\)|robustbench\.eval", said.source), name
+
+
+# ------------------------------------------------------------------------------------------------ budgets of their own
+
+
+@pytest.mark.parametrize(
+    ("typed", "attack", "eps"),
+    [
+        ("pgd-20@16/255", "pgd-20@16/255", "16/255"),
+        (" PGD_20@0.062 ", "pgd-20@0.062", "0.062"),
+        ("pgd-20", "pgd-20", None),
+    ],
+)
+def test_an_attacks_name_may_carry_its_budget(typed: str, attack: str, eps: str | None) -> None:
+    said = protocol.load(protocol.DEFAULT).only([typed])
+    assert said.attacks == (attack,)
+    assert protocol.budget_of(attack) == eps
+    assert said.settings_for(attack) == said.settings_for("pgd-20")
+    assert examiner(attack, {}).name == "pgd"
+
+
+@pytest.mark.parametrize("eps", ["8/0", "2", "x", ""])
+def test_a_budget_that_is_none_is_refused(eps: str, mine: Callable[..., str]) -> None:
+    with pytest.raises(Refused, match=r"--attacks pgd-20@"):
+        protocol.load(protocol.DEFAULT).only([f"pgd-20@{eps}"])
+    assert "attacks" in refusal(mine(attacks=[f"pgd-20@{eps}"]))
+
+
+def test_attacks_on_the_standing_share_one_budget(mine: Callable[..., str]) -> None:
+    assert "pgd-20@16/255 has its own" in refusal(mine(attacks=["fgsm", "pgd-20@16/255"], standing=True))

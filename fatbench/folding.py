@@ -1,0 +1,125 @@
+"""A network as crafting wants it: each BatchNorm folded into the convolution before it, channels last, in one type.
+
+In eval mode BatchNorm is a scale and a shift a channel, which the convolution before it can do itself:
+w' = w g / s, b' = (b - m) g / s + c, with running mean m, s = sqrt(variance + 1e-5), weight g and bias c. The logits are
+the network's own to rounding, and neither pass pays for BatchNorm. It is done for the networks of fatbench/models.py
+alone: anybody else's code may do what tracing cannot see, and is run as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from itertools import chain
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+
+from fatbench import models
+
+_KNOWN = (models.DigitsCNN, models.SmallCNN, models.TradesMnistCNN, models.ResNet18, models.WideResNet)
+
+
+def folded(model: nn.Module) -> Callable[..., Tensor]:
+    """The model in eval mode, made fast for input gradients; the model itself where it is none of ours.
+
+    Under autocast the copy is of autocast's type, so that no weight is cast anew in every pass. Weights are taken over
+    whenever they have changed since.
+    """
+    net = models.inner(model)
+    if not _plain(net):
+        return model
+    weight = next(net.parameters())
+    kind = weight.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    copies, key = _COPIES.setdefault(net, {}), (weight.device, weight.dtype, cast)
+    copy = copies.get(key)
+    if copy is None:
+        copy = copies[key] = _Folded(net, weight.device, cast)
+    copy.follow(net)
+    if not isinstance(model, models.Normalised):
+        return copy
+    mean, std = model.mean, model.std
+    return lambda x: copy((x - mean) / std)
+
+
+def _plain(net: nn.Module) -> bool:
+    """Whether it is one of ours, whole: nobody hooked into it or put other layers in."""
+    return type(net) in _KNOWN and not any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
+        for module in net.modules()
+    )
+
+
+class _Folded:
+    """A folded copy, and how its tensors follow from the network's."""
+
+    def __init__(self, net: nn.Module, device: torch.device, cast: torch.dtype | None) -> None:
+        self.graph = fx.symbolic_trace(deepcopy(net).eval().requires_grad_(False))
+        self.pairs = dict(_fold(self.graph))
+        self.cast = cast
+        self.seen: tuple[tuple[int, int], ...] = ()
+        # Channels last is what oneDNN computes in. A GPU's float32 kernels like it less; not measured.
+        last = device.type == "cpu" or cast is not None
+        self.graph.to(device=device, dtype=cast)
+        self.graph.to(memory_format=torch.channels_last if last else torch.preserve_format)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            logits: Tensor = self.graph(x if self.cast is None else x.to(self.cast))
+        return logits if self.cast is None else logits.float()
+
+    @torch.no_grad()
+    def follow(self, net: nn.Module) -> None:
+        """Takes the network's tensors over, if any has been written to since the last time."""
+        # BatchNorm moves its running statistics unseen by their versions; its count of batches has one.
+        now = tuple((value.data_ptr(), value._version) for value in chain(net.parameters(), net.buffers()))
+        if now == self.seen:
+            return
+        theirs = dict(_tensors(net))
+        for name, mine in _tensors(self.graph):
+            layer, _, which = name.rpartition(".")
+            if layer not in self.pairs:
+                mine.copy_(theirs[name])
+                continue
+            norm = self.pairs[layer]
+            scale = theirs[f"{norm}.weight"] / torch.sqrt(theirs[f"{norm}.running_var"] + 1e-5)
+            if which == "weight":
+                mine.copy_(theirs[name] * scale[:, None, None, None])
+            else:
+                bias = theirs.get(name, torch.zeros_like(scale))
+                mine.copy_((bias - theirs[f"{norm}.running_mean"]) * scale + theirs[f"{norm}.bias"])
+        self.seen = now
+
+
+# The copies of each network, by device, type and autocast's type; they go when it goes.
+_Key = tuple[torch.device, torch.dtype, torch.dtype | None]
+_COPIES: WeakKeyDictionary[nn.Module, dict[_Key, _Folded]] = WeakKeyDictionary()
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from ((name, value) for name, value in module.named_buffers() if value.is_floating_point())
+
+
+def _fold(graph: fx.GraphModule) -> Iterator[tuple[str, str]]:
+    """Takes out every BatchNorm behind a convolution that nobody else listens to; (convolution, BatchNorm) names."""
+    layers = dict(graph.named_modules())
+    for node in list(graph.graph.nodes):
+        if node.op != "call_module" or not isinstance(layers[node.target], nn.BatchNorm2d):
+            continue
+        before = node.args[0]
+        if before.op != "call_module" or len(before.users) != 1:
+            continue
+        convolution = layers[before.target]
+        if not isinstance(convolution, nn.Conv2d):
+            continue
+        if convolution.bias is None:
+            zeros = convolution.weight.new_zeros(convolution.out_channels)
+            convolution.bias = nn.Parameter(zeros, requires_grad=False)
+        node.replace_all_uses_with(before)
+        graph.graph.erase_node(node)
+        yield before.target, node.target
+    graph.delete_all_unused_submodules()
+    graph.recompile()
