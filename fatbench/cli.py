@@ -207,6 +207,21 @@ def compare(
     typer.echo(json.dumps(verdict.as_json(compared), indent=1) if as_json else verdict.markdown(compared), nl=as_json)
 
 
+@app.command()
+def plot(
+    records: Annotated[Path, typer.Argument(help="A folder of records.")] = Path("records"),
+    out: Out = Path("plots"),
+    kinds: Annotated[str | None, typer.Option("--kinds", help="curves,eps,tau,classes; all unless given.")] = None,
+) -> None:
+    """Draw records as PNG and SVG: training curves, robustness against eps, the tau trade-off, classes."""
+    from fatbench import plots
+    from fatbench.leaderboard import gather
+
+    asked = [kind.strip() for kind in (kinds or "").split(",") if kind.strip()]
+    for path in plots.draw(gather(records), records, out, asked):
+        typer.echo(path)
+
+
 @app.command(name="list")
 def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],

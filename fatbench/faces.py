@@ -49,7 +49,7 @@ def cells(table: pd.DataFrame, *, brief: bool = False) -> pd.DataFrame:
     found = table.to_dict("records")
     marks = _marks(table)
     shown: dict[str, list[str]] = {"#": [_text(row["rank"], "–") for row in found]} if "rank" in table else {}
-    shown["defense"] = [_named(row) + mark for row, mark in zip(found, marks, strict=True)]
+    shown["defense"] = [named(row) + mark for row, mark in zip(found, marks, strict=True)]
     shown["network"] = [row["arch"] for row in found]
     shown |= {} if "rank" in table else {"protocol": [row["protocol"] for row in found]}
     shown["source"] = [row["source"] for row in found]
@@ -71,7 +71,8 @@ def _marks(table: pd.DataFrame) -> list[str]:
     return [f" [{doubts.index(note) + 1}]" if note else "" for note in table["notes"]]
 
 
-def _named(row: Row) -> str:
+def named(row: Row) -> str:
+    """A row's defense, with what sets it apart."""
     return f"{row['defense']} ({row['variant']})" if row["variant"] else str(row["defense"])
 
 

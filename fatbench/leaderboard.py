@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from fatbench import columns
+from fatbench import columns, protocol
 from fatbench.beside import Line
 from fatbench.catalogue import family
 from fatbench.errors import Refused
@@ -78,7 +78,7 @@ def _line(record: Record) -> dict[str, Any]:
         "eps_class": eps_class(result.eps),
         "protocol": f"{record.protocol.name} v{record.protocol.version}",
         "defense": network.defense or network.arch,
-        "variant": _variant(network.fields.get("beta")),
+        "said": {**{k: v for k, v in settings.items() if k not in ("fields", "source")}, **network.fields},
         "arch": network.arch,
         "eps_train": network.eps_train or "",
         "epochs": network.epochs,
@@ -91,15 +91,14 @@ def _line(record: Record) -> dict[str, Any]:
         # its best epoch are two.
         "training_of": digest([settings or network.fingerprint, examined]),
         "contestant": digest([settings or network.fingerprint, network.selection, examined]),
-        "correct": result.correct,
+        # An attack that saw only whom another left standing has no accuracy of its own: the worst case alone counts.
+        "correct": {
+            a: k for a, k in result.correct.items() if "standing_after" not in record.protocol.attacks.get(a, {})
+        },
+        "examined": record.attacks,
         "warnings": result.warnings,
         "training": record.training,
     }
-
-
-def _variant(beta: object) -> str:
-    """What sets a contestant apart from others of its defense; text where a record's field is no number."""
-    return "" if beta is None else f"beta {beta:g}" if isinstance(beta, (int, float)) else f"beta {beta}"
 
 
 def _status(record: Record) -> str:
@@ -139,6 +138,7 @@ def rows(lines: pd.DataFrame) -> list[dict[str, Any]]:
     ranked = [row for row in found if row["status"] == "done" and row.pop("complete")]
     for row, rank in zip(ranked, ranks([(row["worst_low"], row["worst_high"]) for row in ranked]), strict=True):
         row["rank"] = rank
+    _tell_apart(found)
     best = {row["training_of"]: row["worst"] for row in found if row["selection"] == "best"}
     last = {row["training_of"]: row["worst"] for row in found if row["selection"] == "last"}
     for row in found:
@@ -147,13 +147,35 @@ def rows(lines: pd.DataFrame) -> list[dict[str, Any]]:
     return found
 
 
+def _tell_apart(found: list[dict[str, Any]]) -> None:
+    """Gives each row its `variant`: beta, and whatever else sets it apart from the others of its defense."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in found:
+        seen = (row[name] for name in ("defense", "arch", "eps_train", "epochs", "selection"))
+        alike.setdefault(tuple(seen), []).append(row)
+    for group in alike.values():
+        names = dict.fromkeys(name for row in group for name in row["said"])
+        apart = [n for n in names if n == "beta" or any(row["said"].get(n) != group[0]["said"].get(n) for row in group)]
+        for row in group:
+            row["variant"] = ", ".join(_setting(name, row["said"].get(name)) for name in apart)
+
+
+def _setting(name: str, value: object) -> str:
+    """`beta 6`, `tau 2`; a schedule by its steps."""
+    if isinstance(value, list):
+        value = " ".join(
+            f"{step[0]}:{step[1]}" if isinstance(step, list) and len(step) == 2 else f"{step}" for step in value
+        )
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+
+
 def _row(group: pd.DataFrame, attacks: list[str]) -> dict[str, Any]:
     group = group.drop_duplicates("fingerprint")  # one network examined twice is one seed
     first = group.iloc[0]
     good = group[group["status"] == "done"]
     status = "; ".join(dict.fromkeys(group["status"]) if good.empty else ["done"])
     row: dict[str, Any] = {"source": "measured", "reference": "", "data": first["dataset"]}
-    copied = (*GROUP, "defense", "variant", "arch", "eps", "eps_train", "epochs", "selection", "n", "training_of")
+    copied = (*GROUP, "defense", "said", "arch", "eps", "eps_train", "epochs", "selection", "n", "training_of")
     row |= {key: first[key] for key in copied}
     # A seed that failed, or was examined before it was finished, and has no finished run beside it.
     failed = group[(group["status"] != "done") & ~group["seed"].isin(good["seed"])]
@@ -190,7 +212,7 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 def _masking(good: pd.DataFrame) -> str:
     """What AutoAttack's checks, and its black-box attack after the white-box ones, say of masked gradients."""
-    tested = [w for w, correct in zip(good["warnings"], good["correct"], strict=True) if "autoattack" in correct]
+    tested = [w for w, attacks in zip(good["warnings"], good["examined"], strict=True) if "autoattack" in attacks]
     doubtful = sum(any(warning.startswith("autoattack") for warning in warnings) for warnings in tested)
     if not tested:
         return ""
@@ -293,9 +315,25 @@ def _view(part: pd.DataFrame) -> pd.DataFrame:
     return part.drop(columns=unwanted).reset_index(drop=True)
 
 
+def _as_on_the_shelf(record: Record) -> None:
+    """Refuses a record that bears a built-in protocol's name and did something else under it."""
+    name, version = record.protocol.name, record.protocol.version
+    known = protocol.load(name) if name in protocol.shelf() else None
+    if known is None or known.version != version:
+        return
+    for attack, settings in record.protocol.attacks.items():
+        for key, value in known.settings_for(attack).items():
+            if settings.get(key) != value:
+                raise Refused(
+                    f"{record.id} calls its protocol {name} v{version}, whose {attack} has {key} {value}, and examined "
+                    f"with {settings.get(key)}: its protocol must bear another name"
+                )
+
+
 def _one_meaning_each(records: Iterable[Record]) -> None:
     meant: dict[tuple[str, int, str], tuple[str, dict[str, Any]]] = {}
     for record in records:
+        _as_on_the_shelf(record)
         for attack, settings in record.protocol.attacks.items():
             key = (record.protocol.name, record.protocol.version, attack)
             first, theirs = meant.setdefault(key, (record.id, settings))
