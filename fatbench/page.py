@@ -94,4 +94,4 @@ def _thinned(values: Sequence[float | None]) -> list[list[float]]:
         return []
     every = max(1, -(-len(values) // POINTS))
     kept: Iterable[int] = sorted({*range(0, len(values), every), len(values) - 1})
-    return [[epoch + 1, float(f"{value:.4g}")] for epoch in kept if (value := values[epoch]) is not None]
+    return [[epoch + 1, round(value, 4)] for epoch in kept if (value := values[epoch]) is not None]
