@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fatbench.attacks import Crafted, Mode, natural, pgd, uniform
 from fatbench.defense import Defense, Measure, Verdict
 from fatbench.draws import Draws
-from fatbench.quantities import Count, NonNegative, Progress
+from fatbench.quantities import Count, NonNegative, Progress, step_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Cat(Defense):
     ) -> Crafted:
         """Strength k: k steps of 2 eps / k, times `size`; strength 0 is the clean image."""
         start = partial(uniform if k else natural, draws=draws, clamp=self.clamp_start)
-        step = (2 * eps if self.step_size is None else self.step_size) / max(k, 1) * size
+        step = (2 * eps if self.step_size is None else step_of(self.step_size, eps)) / max(k, 1) * size
         return pgd(model, x, y, eps=eps, step_size=step, steps=k, start=start, **how)
 
     def craft(

@@ -19,6 +19,7 @@ class Dataset:
         augment: none, crop or crop-flip.
         torchvision: The class of torchvision.datasets that brings it.
         files: What to lay ready where there is no network.
+        examples: To train on; 0 where only the data can tell.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Dataset:
     augment: str = "none"
     torchvision: str = ""
     files: str = ""
+    examples: int = 0
 
 
 _IDX = "{train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte (also .gz) under "
@@ -37,27 +39,30 @@ _IDX = "{train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte (also 
 DATASETS: dict[str, Dataset] = {
     d.name: d
     for d in (
-        Dataset("digits", "scikit-learn's 8x8 digits, 1,437 + 360, needs no download", (1, 8, 8), 10, "0.3"),
+        Dataset(
+            "digits", "scikit-learn's 8x8 digits, 1,437 + 360, needs no download", (1, 8, 8), 10, "0.3",
+            examples=1437,
+        ),
         Dataset(
             "cifar10", "CIFAR-10, 50,000 + 10,000", (3, 32, 32), 10, "8/255", "resnet-18", "crop-flip", "CIFAR10",
-            "cifar-10-python.tar.gz",
+            "cifar-10-python.tar.gz", 50000,
         ),
         Dataset(
             "cifar100", "CIFAR-100, 50,000 + 10,000", (3, 32, 32), 100, "8/255", "resnet-18", "crop-flip", "CIFAR100",
-            "cifar-100-python.tar.gz",
+            "cifar-100-python.tar.gz", 50000,
         ),
         # FAT's code flips SVHN too (FAT.py:107-121); a mirrored digit is another sign, so it is left to `--set`.
         Dataset(
             "svhn", "SVHN, 73,257 + 26,032", (3, 32, 32), 10, "4/255", "resnet-18", "crop", "SVHN",
-            "train_32x32.mat and test_32x32.mat",
+            "train_32x32.mat and test_32x32.mat", 73257,
         ),
         Dataset(
             "mnist", "MNIST, 60,000 + 10,000", (1, 28, 28), 10, "0.3", "small-cnn", "none", "MNIST",
-            _IDX + "MNIST/raw",
+            _IDX + "MNIST/raw", 60000,
         ),
         Dataset(
             "fashion-mnist", "Fashion-MNIST, 60,000 + 10,000", (1, 28, 28), 10, "0.1", "small-cnn", "none",
-            "FashionMNIST", _IDX + "FashionMNIST/raw",
+            "FashionMNIST", _IDX + "FashionMNIST/raw", 60000,
         ),
     )
 }  # fmt: skip
@@ -80,6 +85,12 @@ def described(name: str) -> Dataset:
     if path.suffix == ".npz" or path.name != name:
         raise Refused(f"no dataset at {name}: a path must be an .npz file or a folder holding train/ and test/")
     raise unknown("dataset", name, [*DATASETS, "path.npz", "a folder"])
+
+
+def shape_of(name: str) -> tuple[int, int, int] | None:
+    """(C, H, W) of a known dataset's images; None for a user's own, which only the data can tell."""
+    info = DATASETS.get(name.lower().replace("_", "-"))
+    return info.shape if info else None
 
 
 # name -> one line; fatbench/models.py builds them, and any other wide ResNet by `network`.

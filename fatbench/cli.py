@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from fatbench import __version__
+from fatbench.console import speaks
 from fatbench.errors import Refused, RunFailed, first_line
 
 if TYPE_CHECKING:
@@ -59,7 +60,10 @@ def _root(
 
 # Options that several commands share.
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:1.")]
-Devices = Annotated[int, typer.Option(help="Processes; only 1 for now.")]
+Devices = Annotated[
+    int | None, typer.Option(min=1, help="Processes on each node; as torchrun or SLURM has started them, or 1.")
+]
+Nodes = Annotated[int | None, typer.Option(min=1, help="Machines; each runs this same command.")]
 Eps = Annotated[str | None, typer.Option(help="l-inf budget in pixel units, 8/255 or 0.031.")]
 DatasetName = Annotated[str | None, typer.Option("--dataset", help="A name (list datasets), path.npz, or a folder.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write into.")]
@@ -83,25 +87,38 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run's folder; runs/DEFENSE-DATASET-seedN unless given.")] = None,
     device: Device = "auto",
     precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed or 64-true.")] = None,
-    devices: Devices = 1,
+    devices: Devices = None,
+    nodes: Nodes = None,
+    sync_bn: Annotated[bool, typer.Option("--sync-bn", help="BatchNorm over all processes; GPUs only.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Throw away the run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the settings and what they would cost; needs no data.")
+    ] = False,
 ) -> None:
     """Train a defense into a run folder: settings, metrics, last and best checkpoint."""
     from fatbench.recipe import resolve
+    from fatbench.world import world
 
-    _one_process(devices)
     options = {"dataset": dataset, "arch": arch, "epochs": epochs, "batch_size": batch_size, "lr": lr, "eps": eps}
-    options |= {"seed": seed, "n_train": n_train, "precision": precision}
+    options |= {"seed": seed, "n_train": n_train, "precision": precision, "ranks": world(devices, nodes).size}
+    options |= {"sync_bn": True} if sync_bn else {}
     if resume and out and not (defense or recipe) and (out / "settings.toml").exists():
         recipe = str(out / "settings.toml")
     settings = resolve(defense, recipe=recipe, sets=sets or (), **options)
+    if dry_run:
+        from fatbench.estimate import estimate
+        from fatbench.show import told_settings
+
+        typer.echo(f"{told_settings(settings)}\n\n{estimate(settings, device=device)}")
+        return
     folder = out or Path("runs") / f"{settings.defense}-{Path(settings.dataset).stem}-seed{settings.seed}"
 
     from fatbench import trainer
 
-    trainer.train(settings, folder, device=device, resume=resume, force=force)
-    typer.echo(f"done: {folder}; next: fatbench evaluate {folder}")
+    trainer.train(settings, folder, device=device, devices=devices, nodes=nodes, resume=resume, force=force)
+    if speaks():
+        typer.echo(f"done: {folder}; next: fatbench evaluate {folder}")
 
 
 @app.command()
@@ -123,7 +140,7 @@ def evaluate(
     ] = None,
     std: Annotated[str | None, typer.Option(help="As --mean.")] = None,
     device: Device = "auto",
-    devices: Devices = 1,
+    devices: Annotated[int, typer.Option(help="Processes; only 1 for now.")] = 1,
     out: Out = Path("records"),
 ) -> None:
     """Examine a network under a protocol; writes a record with per-example evidence."""
@@ -135,14 +152,15 @@ def evaluate(
     said = protocols.load(protocol or protocols.DEFAULT)
     said = said.only(attacks.split(",")) if attacks else said
 
-    from fatbench import checkpoint, data, trainer
+    from fatbench import checkpoint, data
+    from fatbench import devices as places
     from fatbench.evaluate import Examination
     from fatbench.evaluate import evaluate as examine
 
     normalisation = _numbers(mean, "--mean"), _numbers(std, "--std")
     if (normalisation[0] is None) != (normalisation[1] is None):
         raise Refused("--mean and --std go together")
-    fabric = trainer.fabric_on(device)
+    fabric = places.fabric_on(device)
     loaded = data.load(dataset) if dataset else None
     size = loaded.shape[1] if loaded else 32
     subject = checkpoint.load(
@@ -249,7 +267,7 @@ def _catalogue(kind: Kind) -> dict[str, Callable[[], str]]:
     if kind is Kind.protocols:
         return {name: partial(_said, lambda name: protocol.load(name).summary, name) for name in protocol.shelf()}
     if kind is Kind.recipes:
-        return {name: partial(_said, lambda name: recipe.read(name).get("source", ""), name) for name in recipe.shelf()}
+        return {name: partial(_said, lambda name: recipe.load(name).summary, name) for name in recipe.shelf()}
     known = NETWORKS if kind is Kind.models else {name: info.summary for name, info in DATASETS.items()}
     return {name: partial(str, text) for name, text in known.items()}
 
@@ -301,17 +319,24 @@ def check(
 @app.command()
 def demo(
     out: Out = Path("demo"),
-    eps: Annotated[str, typer.Option(help="l-inf budget.")] = "0.3",
+    eps: Annotated[str, typer.Option(help="l-inf budgets, 0.3 or 0.1,0.2,0.3.")] = "0.3",
     epochs: Annotated[int | None, typer.Option(help="Of each run; a short budget unless given.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds, from 0.")] = 1,
+    defenses: Annotated[str | None, typer.Option(help="madry,fat or all; five unless given.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Examine the best epoch on validation beside the last.")] = False,
     device: Device = "auto",
 ) -> None:
     """Train standard, madry, trades, fat and fat-trades on digits, examine them, print the leaderboard."""
     from fatbench import demo as main_job
     from fatbench import leaderboard as boards
+    from fatbench.registry import defenses as registered
 
-    budget = main_job.EPOCHS if epochs is None else epochs
-    main_job.demo(out, eps=_published(eps), epochs=budget, seeds=seeds, device=device)
+    names = list(registered) if defenses == "all" else (defenses or ",".join(main_job.DEFENSES)).split(",")
+    budgets = [_published(one.strip()) for one in eps.split(",")]
+    main_job.demo(
+        out, defenses=[name.strip() for name in names], eps=budgets, seeds=seeds, best=best, device=device,
+        epochs=main_job.EPOCHS if epochs is None else epochs,
+    )  # fmt: skip
     for key, table in boards.tables(boards.board(boards.gather(out / "records"))).items():
         _print_table(key, table)
     typer.echo(f"written: {out / 'index.md'} and {out / 'index.html'}")
@@ -390,7 +415,8 @@ def _show_record(record: Any) -> None:
 
 
 def _stop(code: int, text: str) -> NoReturn:
-    typer.echo(f"fatbench: {' '.join(text.split())}", err=True)
+    if speaks():
+        typer.echo(f"fatbench: {' '.join(text.split())}", err=True)
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -11,9 +12,15 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+
+def speaks() -> bool:
+    """Whether this process talks for its group: rank 0, as torchrun and SLURM number those they start."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+
+
 # A pipe has no width: a table that goes into one is not folded.
-stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 200, quiet=not speaks())
+stderr = Console(stderr=True, highlight=False, quiet=not speaks())
 
 
 class Waiting(Protocol):

@@ -27,7 +27,18 @@ from torch import Tensor, nn
 from fatbench.attacks import STARTS, Crafted, Friendly, Mode, Noise, Objective, Start, StopRule, cross_entropy, pgd
 from fatbench.draws import Draws
 from fatbench.errors import Refused, unknown
-from fatbench.quantities import Count, CountSchedule, EpsSchedule, NonNegative, Number, Progress, number, value_at
+from fatbench.quantities import (
+    Count,
+    CountSchedule,
+    EpsSchedule,
+    NonNegative,
+    Number,
+    Progress,
+    Step,
+    number,
+    step_of,
+    value_at,
+)
 
 T = TypeVar("T")
 Craft = Callable[[nn.Module, Tensor, Tensor, Draws], Tensor]
@@ -72,7 +83,7 @@ class Defense:
     objective: ClassVar[Objective] = cross_entropy
 
     eps: Annotated[Number, Field(ge=0, le=1)] = 8 / 255  # radius; the dataset's unless given
-    step_size: NonNegative | None = None  # alpha; eps / 4 unless given
+    step_size: Step | None = None  # alpha, a number or a share of the present eps such as eps/10; eps/4 unless given
     steps: Count = 10  # K
     start: Literal["uniform", "gaussian", "natural"] = "uniform"  # Algorithm 1 says natural, FAT.py:58 does uniform
     clamp_start: bool = True  # FAT clamps its start to [0, 1] (earlystop.py:31-35); TRADES and MART do not
@@ -90,7 +101,7 @@ class Defense:
         return self.eps if self.eps_schedule is None else number(value_at(self.eps_schedule, progress))
 
     def step_at(self, progress: Progress) -> float:
-        return self.eps_at(progress) / 4 if self.step_size is None else self.step_size
+        return step_of("eps/4" if self.step_size is None else self.step_size, self.eps_at(progress))
 
     def steps_at(self, progress: Progress) -> int:
         return self.steps

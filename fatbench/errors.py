@@ -25,8 +25,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> Unknown:
-    """The refusal of a name nobody knows, with the closest that exist.
+def unknown(kind: str, name: str, known: Iterable[str], listed_by: str = "") -> Unknown:
+    """The refusal of a name nobody knows, with the closest that exist, and all of them or the command that lists them.
 
     >>> str(unknown("defense", "trade", ["trades", "mart"]))
     "unknown defense 'trade': did you mean trades? (known: mart, trades)"
@@ -34,4 +34,4 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> Unknown:
     known = sorted(known)
     close = get_close_matches(name.lower().replace("_", "-"), known, n=3, cutoff=0.5)
     hint = f": did you mean {' or '.join(close)}?" if close else ""
-    return Unknown(f"unknown {kind} {name!r}{hint} (known: {', '.join(known) or 'none'})")
+    return Unknown(f"unknown {kind} {name!r}{hint} ({listed_by or 'known: ' + (', '.join(known) or 'none')})")

@@ -27,7 +27,7 @@ from fatbench import __version__, console
 from fatbench.attacks import crafting
 from fatbench.checkpoint import Subject
 from fatbench.data import Data, balanced_order
-from fatbench.device import named
+from fatbench.devices import named
 from fatbench.errors import Refused, first_line
 from fatbench.evaluation import Attacked, Chunk, Evaluation, examiner
 from fatbench.files import append_line, canonical, digest, disk, locked, read_lines, write_text

@@ -1,9 +1,9 @@
 """A network as crafting wants it: each BatchNorm folded into the convolution before it, channels last, in one type.
 
 In eval mode BatchNorm is a scale and a shift a channel, which the convolution before it can do itself:
-w' = w g / s, b' = (b - m) g / s + c, with running mean m, s = sqrt(variance + 1e-5), weight g and bias c. The logits are
-the network's own to rounding, and neither pass pays for BatchNorm. It is done for the networks of fatbench/models.py
-alone: anybody else's code may do what tracing cannot see, and is run as it is.
+w' = w g / s, b' = (b - m) g / s + c, with running mean m, s = sqrt(variance + 1e-5), weight g and bias c. The logits
+are the network's own to rounding, and neither pass pays for BatchNorm. It is done for the networks of
+fatbench/models.py alone: anybody else's code may do what tracing cannot see, and is run as it is.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ def folded(model: nn.Module) -> Callable[..., Tensor]:
     return lambda x: copy((x - mean) / std)
 
 
+def layout(device: torch.device, cast: torch.dtype | None) -> torch.memory_format:
+    """How weights had best lie: channels last is what oneDNN computes in. A GPU's float32 was not measured."""
+    return torch.channels_last if device.type == "cpu" or cast is not None else torch.preserve_format
+
+
 def _plain(net: nn.Module) -> bool:
     """Whether it is one of ours, whole: nobody hooked into it or put other layers in."""
     return type(net) in _KNOWN and not any(
@@ -60,10 +65,8 @@ class _Folded:
         self.pairs = dict(_fold(self.graph))
         self.cast = cast
         self.seen: tuple[tuple[int, int], ...] = ()
-        # Channels last is what oneDNN computes in. A GPU's float32 kernels like it less; not measured.
-        last = device.type == "cpu" or cast is not None
         self.graph.to(device=device, dtype=cast)
-        self.graph.to(memory_format=torch.channels_last if last else torch.preserve_format)
+        self.graph.to(memory_format=layout(device, cast))
 
     def __call__(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

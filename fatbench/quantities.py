@@ -134,12 +134,27 @@ def step_text(text: object) -> str:
 StepSize = Annotated[str, BeforeValidator(step_text)]
 
 
-def step_of(text: str, eps: float) -> float:
+def step_or_share(text: object) -> float | str:
+    """A training attack's step: a number, or the share of the present eps, `"eps/10"`, kept as text."""
+    said = str(text).strip()
+    if said == "eps" or said.startswith("eps/"):
+        return step_text(said)
+    if (size := number(text)) < 0:
+        raise ValueError(f"{text!r} is no step forward: write eps/4, 2/255 or 0.007")
+    return size
+
+
+Step = Annotated[float | str, BeforeValidator(step_or_share)]
+
+
+def step_of(text: float | str, eps: float) -> float:
     """A step size in pixel units.
 
-    >>> step_of("eps/4", 0.3), step_of("2/255", 0.3)
-    (0.075, 0.00784313725490196)
+    >>> step_of("eps/4", 0.3), step_of("2/255", 0.3), step_of(0.007, 0.3)
+    (0.075, 0.00784313725490196, 0.007)
     """
+    if not isinstance(text, str):
+        return text
     if text == "eps":
         return eps
     return eps / number(text.removeprefix("eps/")) if text.startswith("eps/") else number(text)

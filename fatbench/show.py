@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from fatbench import protocol, recipe
 from fatbench.catalogue import DATASETS, NETWORKS, network
 from fatbench.errors import unknown
+from fatbench.quantities import Progress, value_at
+from fatbench.recipe import Settings
 from fatbench.registry import defenses, evaluations
 
 
@@ -96,7 +99,45 @@ def _protocol(name: str) -> str:
 
 
 def _recipe(name: str) -> str:
-    return recipe.resolve(None, recipe=name).toml().rstrip()
+    """The file as it is, sources and all, and what follows from it."""
+    page, runs = recipe.load(name), recipe.points(name)
+    one = next(iter(runs.values()))
+    said = {*page.settings, *page.sweep, *page.settings.get("fields", {}), "fields", "source"}
+    silent = {k: v for k, v in one.model_dump(mode="json").items() if k not in said and v is not None}
+    silent |= {f"fields.{k}": v for k, v in one.fields.items() if k not in said and v is not None}
+    lines = [recipe.file_of(name).read_text(encoding="utf-8").rstrip(), "", "# What follows from it"]
+    lines += [f"{key:<9} {text}" for key, text in schedules(one).items() if key not in page.sweep]
+    lines += [f"defaults  {', '.join(f'{k} = {v}' for k, v in silent.items())}"] if silent else []
+    how = " ".join(recipe.chosen_by(key, values[0]) for key, values in page.sweep.items())
+    lines += [f"runs      {len(runs)}, one of them: fatbench train --recipe {name} {how}".rstrip()]
+    return "\n".join(lines)
+
+
+def told_settings(settings: Settings) -> str:
+    """A run's settings a line each, the defense's fields indented, then what changes over the run."""
+    said = settings.model_dump(mode="json", exclude_none=True, exclude={"fields"})
+    lines = [f"{key} = {json.dumps(value)}" for key, value in said.items()]
+    lines += [f"  {key} = {json.dumps(value)}" for key, value in settings.fields.items() if value is not None]
+    return "\n".join([*lines, "", *(f"{key:<11} {text}" for key, text in schedules(settings).items())])
+
+
+def schedules(settings: Settings) -> dict[str, str]:
+    """What changes over a run, epoch by epoch: `{"lr": "0.1 epochs 1-59, 0.01 epochs 60-89", ...}`."""
+    defense, epochs = recipe.contestant(settings), settings.epochs
+    told: dict[str, Callable[[Progress], Any]] = {"lr": settings.lr_at, "eps": defense.eps_at}
+    told |= {"tau": lambda now: value_at(defense.tau, now)} if hasattr(defense, "tau") else {}
+    told |= {"threshold": defense.threshold} if hasattr(defense, "threshold") else {}
+    return {key: _segments([at(Progress(done, epochs)) for done in range(epochs)]) for key, at in told.items()}
+
+
+def _segments(values: Sequence[float]) -> str:
+    """Equal neighbours together, epochs counted from 1; of a long row the two ends."""
+    parts, first = [], 1
+    for value, equal in groupby(values):
+        last = first + len(list(equal)) - 1
+        parts.append(f"{value:.6g} epoch{f's {first}-{last}' if last > first else f' {first}'}")
+        first = last + 1
+    return ", ".join(parts if len(parts) <= 8 else [*parts[:2], "...", *parts[-2:]])
 
 
 def _record(name: str) -> str:

@@ -82,10 +82,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("train", "fat", "--n-train", "3"), "1437 training examples of 10 classes"),
         (("train", "fat", "--batch-size", "0"), "greater than or equal to 1"),
         (("train", "fat", "--device", "abacus"), "--device"),
-        (("train", "fat", "--devices", "2"), "one device"),
+        (("train", "fat", "--devices", "0"), "greater than or equal to 1"),
+        (("train", "fat", "--devices", "2", "--device", "cuda:1"), "torch sees no CUDA"),
+        (("train", "fat", "--nodes", "2"), "MASTER_ADDR"),
+        (("train", "fat", "--sync-bn"), "for GPUs only"),
+        (("train", "fat", "--set", "ranks=2"), "2 processes and there are 1"),
+        (("evaluate", "nowhere", "--devices", "2"), "one device"),
         (("train", "fat", "--precision", "8-bit"), "32-true"),
         (("train", "fat", "--recipe", "no.toml"), "cannot read the recipe no.toml"),
         (("train", "fat", "--recipe", "nope"), "unknown recipe"),
+        (("train", "--recipe", "fat-wrn-32-10-eps8"), "did you mean fat-wrn-32-10-eps8-code"),
+        (("train", "--recipe", "fat-wrn-32-10-eps8-code", "--dataset", "mnist"), "images of 3x32x32, and mnist has"),
+        (("train", "--recipe", "fat-wrn-32-10-eps8-code", "--eps", "8/0", "--dry-run"), "divides by zero"),
+        (("train", "--recipe", "fig-6-fat"), "such as --eps 0.03 --set tau=0"),
+        (("train", "trades", "--recipe", "fig-6-fat", "--dry-run"), "is for fat, not trades"),
+        (("show", "recipe", "fig-6-trades"), "did you mean fig-16-trades"),
         (("train", "fat", "--unheard-of"), "No such option"),
         (("evaluate", "nowhere"), "no checkpoint at nowhere"),
         (("evaluate", "nowhere", "--attacks", ","), "no attack named"),
@@ -164,6 +175,25 @@ def test_train_evaluate_leaderboard(here: Cli, tmp_path: Path) -> None:
     assert record["result"]["network"]["seed"] == 3
     assert record["result"]["network"]["fields"]["tau"] == 1
     assert json.loads(here("show", "record", path).stdout) == record
+
+
+def test_a_dry_run_tells_the_cost_and_writes_nothing(here: Cli, tmp_path: Path, npz: Callable[..., Path]) -> None:
+    own = ("--dataset", npz(shape=(32, 32, 3), n=200), "--arch", "small-cnn", "--device", "cpu")
+    told = here("train", "--recipe", "fig-6-fat", "--eps", "0.06", "--set", "tau=3", *own, "--dry-run")
+    assert told.returncode == 0, told.stderr
+    assert not list(tmp_path.iterdir())
+    for said in (
+        'eps = "0.06"', "  tau = 3", "lr          0.01 epochs 1-59, 0.001 epochs 60-80", "parameters  1,637,483, all",
+        "2 an epoch, 160 in 80 epochs", "0 to K = 10 attack steps", "memory      ", "how known   updates of",
+    ):  # fmt: skip
+        assert said in told.stdout, told.stdout
+    assert "made up" not in told.stdout
+
+
+def test_recipes_are_listed_a_line_each(here: Cli) -> None:
+    told = here("list", "recipes").stdout.splitlines()
+    assert len(told) == len(recipe.shelf())
+    assert all(len(line.split("  ", 1)[1].strip()) > 20 for line in told)
 
 
 def test_a_resumed_run_needs_its_folder_alone(run: Path, here: Cli) -> None:

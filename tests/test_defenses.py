@@ -692,6 +692,8 @@ def test_the_step_is_a_quarter_of_the_present_eps_unless_given(world: World, nam
         moved = (one.craft(net, x, y, progress).x_adv - x).abs()[inside].max().item()
         assert moved == pytest.approx(eps / 4, abs=1e-9)
     assert made(name, step_size=0.003).step_at(END) == 0.003
+    share = made(name, eps_schedule=growing, step_size="eps/10")
+    assert [share.step_at(now) for now in (START, END)] == pytest.approx([0.2 / 255, 0.8 / 255])
 
 
 def unstopped(name: str) -> dict[str, Any]:

@@ -289,7 +289,8 @@ def test_a_recipe_for_another_defense_is_refused(written: Callable[..., str]) ->
         ('start="natural"', "start", "natural"), ("project=false", "project", False),
         ("project=False", "project", False),
         ("clamp_start=no", "clamp_start", False), ("clamp-start=0", "clamp_start", False),
-        ("step_size=2/255", "step_size", 2 / 255), ("eps_schedule=[['0', '2/255']]", "eps_schedule", [["0", "2/255"]]),
+        ("step_size=2/255", "step_size", 2 / 255), ("step_size=eps/10", "step_size", "eps/10"),
+        ("step_size=eps", "step_size", "eps"), ("eps_schedule=[['0', '2/255']]", "eps_schedule", [["0", "2/255"]]),
     ],
 )  # fmt: skip
 def test_set_gives_a_field_its_value_as_toml_or_bare_text(text: str, key: str, value: object) -> None:
@@ -372,6 +373,8 @@ def test_everything_wrong_is_said_at_once() -> None:
         ("fat", "tau=[['1/2', 1]]", "starts at '0'"), ("fat", "steps=-1", "fat: steps=-1: "),
         ("fat", "omega=-0.1", "fat: omega=-0.1: "), ("fat", "omega=nan", "fat: omega=nan: nan is not finite"),
         ("fat", "project=maybe", "fat: project='maybe': "),
+        ("fat", "step_size=-0.1", "no step forward"), ("fat", "step_size=eps/0", "no step forward"),
+        ("fat", "step_size=eps*2", "is not a number"), ("fat", "step_size=true", "is not a number"),
         ("fat", "start=gausian", "'uniform', 'gaussian' or 'natural'"),
         ("trades", "beta=-1", "trades: beta=-1: "), ("trades", "forwards=adv", "'nat-adv' or 'nat-adv-nat'"),
         ("dat", "until=3/2", "lies outside the run"), ("dat", "first=2", "dat: first=2: "),
@@ -432,7 +435,7 @@ def test_a_built_in_recipe_is_found_by_name(monkeypatch: pytest.MonkeyPatch, wri
 
 def test_every_recipe_on_the_shelf_resolves() -> None:
     for name in recipe.shelf():
-        assert resolve(None, recipe=name).defense in defenses
+        assert all(one.defense in defenses for one in recipe.points(name).values())
 
 
 # ------------------------------------------------------------------------------------ settings kept and compared

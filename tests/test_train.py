@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fatbench import checkpoint, data, files, protocol, recipe, trainer
+from fatbench import checkpoint, data, devices, files, protocol, recipe, trainer
 from fatbench.attacks import Crafted
 from fatbench.errors import Refused, RunFailed
 from fatbench.evaluate import Examination, evaluate
@@ -313,7 +313,7 @@ def test_a_disk_that_really_fills_is_one_line(tmp_path: Path, no_file_beyond: An
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:0:1"])
 def test_an_unknown_device_is_refused(device: str) -> None:
     with pytest.raises(Refused, match="--device"):
-        trainer.fabric_on(device)
+        devices.fabric_on(device)
 
 
 def test_nothing_is_written_where_the_data_is_refused(tmp_path: Path) -> None:

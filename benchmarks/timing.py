@@ -1,0 +1,42 @@
+"""Ratios of times, theirs / ours, so more is better: each pair alternated in one process, median with spread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+
+def timed(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def ratios(theirs: Callable[[], object], ours: Callable[[], object], rounds: int) -> list[float]:
+    """Theirs and ours in turn, after one of each to warm up; sorted."""
+    theirs(), ours()
+    return sorted(timed(theirs) / timed(ours) for _ in range(rounds))
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {
+        "ratio_median": round(median(values), 3),
+        "ratio_min": round(min(values), 3),
+        "ratio_max": round(max(values), 3),
+    }
+
+
+def row(what: str, against: str, model: str, values: list[float], **more: Any) -> dict[str, Any]:
+    return {"what": what, "against": against, "model": model, "tau": "", "precision": "", **more, **spread(values)}
+
+
+def told(row: dict[str, Any]) -> str:
+    """One line of the Markdown table."""
+    ratio = f"{row['ratio_median']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+    cells = [row["what"], row["against"], row["model"], row["tau"], row["precision"], row.get("note", ""), ratio]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+HEAD = "| what | against | network | tau | ours in | | theirs / ours |\n|---|---|---|---|---|---|---|"

@@ -1,0 +1,43 @@
+"""Networks and images to time on: made-up colour pictures, and a network that has had some epochs of FAT on them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fatbench import models
+from fatbench.attacks import Friendly, pgd
+
+EPS, STEP, STEPS = 8 / 255, 2 / 255, 10
+# SmallCNN and ResNet-18 at the batch sizes that they are timed with.
+BATCHES = {"small-cnn": 128, "resnet-18": 64}
+
+
+def pictures(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(x, y): 32x32 pictures of ten patterns under noise, some far from the border between two classes, some near."""
+    stream = torch.Generator().manual_seed(0)
+    patterns = torch.rand(10, 3, 8, 8, generator=stream).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    stream.manual_seed(seed + 1)
+    y = torch.arange(n) % 10
+    strength = 0.1 + 0.5 * torch.rand(n, 1, 1, 1, generator=stream)
+    noise = 0.15 * torch.rand(n, 3, 32, 32, generator=stream)
+    return (0.3 + strength * patterns[y] + noise).clamp(0, 1), y
+
+
+def trained(arch: str, natural: int = 40, friendly: int = 20) -> nn.Module:
+    """The network after some natural updates and some of FAT at tau 0: neither untrained nor finished."""
+    torch.manual_seed(0)
+    net = models.build(arch)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
+    for update in range(natural + friendly):
+        x, y = pictures(64, update)
+        with torch.autocast("cpu", torch.bfloat16):
+            if update >= natural:
+                x = pgd(net, x, y, eps=EPS, step_size=STEP, steps=STEPS, stop=Friendly(0, y)).x_adv
+            net.train()
+            sgd.zero_grad()
+            loss = F.cross_entropy(net(x).float(), y)
+        torch.autograd.backward(loss)
+        sgd.step()
+    return net.eval()

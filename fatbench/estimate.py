@@ -1,0 +1,263 @@
+"""What a run would cost here: parameters, steps, and time and memory from a few updates that are really done.
+
+The updates are the trainer's own, on made-up pixels where the dataset is not the user's: nothing is read, downloaded or
+written. Time is linear in examples and in attack steps, so a small batch is timed with no attack step and with two.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fatbench import data
+from fatbench.catalogue import described
+from fatbench.defense import Defense, settings_of
+from fatbench.devices import fabric_on
+from fatbench.quantities import Progress
+from fatbench.recipe import Settings
+from fatbench.team import Team
+from fatbench.trainer import Run
+
+STEPS = 2  # of the attack, in the longer of the two timed updates
+REPEATS = 20  # at most, within SECONDS; the fastest counts: others may be at work on this machine
+SECONDS = 1.0  # for an update, on a CPU, and to repeat within
+CPU_EXAMPLES = 512
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run's cost.
+
+    Attributes:
+        parameters, used: All of the network's, and those that its forward uses.
+        examples, held: To train on and to validate on.
+        updates: Of the weights, an epoch.
+        steps: (low, high) attack steps an example; equal where everybody takes all.
+        seconds: (low, high) an epoch, validated.
+        memory: part -> bytes, all held at once in an update of a whole batch; a library's workspace comes on top.
+        timed: What was timed, and how it was scaled.
+    """
+
+    parameters: int
+    used: int
+    examples: int
+    held: int
+    updates: int
+    epochs: int
+    steps: tuple[int, int]
+    seconds: tuple[float, float]
+    memory: dict[str, int]
+    timed: str
+
+    def __str__(self) -> str:
+        used = "all of them" if self.used == self.parameters else f"{self.used:,} of them"
+        low, high = self.steps
+        taken = f"{high} attack steps an example"
+        if low < high:
+            taken = f"{low} to K = {high} attack steps an example, K where nobody is stopped (tau = K)"
+        total = _between([seconds * self.epochs for seconds in self.seconds])
+        parts = ", ".join(f"{part} {_bytes(size)}" for part, size in self.memory.items())
+        return "\n".join(
+            (
+                f"parameters  {self.parameters:,}, {used} used in the forward",
+                f"examples    {self.examples:,} to train on, {self.held:,} to validate on",
+                f"updates     {self.updates:,} an epoch, {self.updates * self.epochs:,} in {self.epochs} epochs",
+                f"time        {total} in all, {_between(self.seconds)} an epoch: {taken}",
+                f"memory      {_bytes(sum(self.memory.values()))}: {parts}; workspace comes on top",
+                f"how known   {self.timed}",
+            )
+        )
+
+
+def estimate(settings: Settings, *, device: str = "auto") -> Estimate:
+    """The cost of a run on this device; takes some seconds and writes nothing.
+
+    Raises:
+        Refused: what the run itself would be refused for.
+    """
+    loaded = data.take(_stand_in(settings.dataset), settings.n_train)
+    run = Run(settings, Path(), loaded, Team(fabric_on(device, settings.precision)))
+    examples, held, fewest, most = len(run.rows), len(run.held), *_steps_an_example(run.defense, settings.epochs)
+    batch = min(settings.batch_size, examples)
+    n, activations = _rehearsed(run, batch)
+    bare, attacked = _fastest(run, n, 0), _fastest(run, n, STEPS)
+    more = (attacked[1] - bare[1]) * n  # steps that the longer update took
+    step = max(attacked[0] - bare[0], 0.0) / more if more else 0.0
+    validation = 11 * step * held  # PGD-10 and two forwards, each about half a step
+    low, high = (examples * (bare[0] / n + k * step) + validation for k in (fewest, most))
+    parameters = list(run.net.parameters())
+    return Estimate(
+        parameters=sum(p.numel() for p in parameters),
+        used=sum(p.numel() for p in parameters if p.requires_grad),
+        examples=examples,
+        held=held,
+        updates=-(-examples // settings.batch_size),
+        epochs=settings.epochs,
+        steps=(fewest, most),
+        seconds=(low, high),
+        memory=_memory(run, activations),
+        timed=(
+            f"updates of {n} examples on {_named(run.device)} took {bare[0]:.3g} s without an attack and "
+            f"{attacked[0]:.3g} s with {STEPS} steps of one (the fastest of a few); scaled by examples and "
+            f"steps. Memory was counted, for a batch of {batch}."
+            + (f" The pixels were made up, in {_shape(loaded)}." if loaded.info.shape else "")
+        ),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the updates
+
+
+def _stand_in(name: str) -> data.Data:
+    """A known dataset's shape and size with made-up pixels; a user's own as it is."""
+    info = described(name)
+    if info.shape is None:
+        return data.load(name)
+    n = info.examples
+    x, y = torch.rand(CPU_EXAMPLES, *info.shape), torch.arange(n) % info.classes
+    return data.Data(info, x.repeat(-(-n // len(x)), 1, 1, 1)[:n], y, x[:1], y[:1], info.classes)
+
+
+def _pinned(defense: Defense, k: int) -> Defense:
+    """The same defense with everybody taking k steps: nobody is stopped, and a curriculum stands at k."""
+    cls = type(defense)
+    everybody = {"steps_at": lambda self, progress: k, "stop": lambda self, progress, y: None}
+    twin: Defense = type(cls.__name__, (cls,), everybody)(**{name: getattr(defense, name) for name in settings_of(cls)})
+    return twin
+
+
+def _update(run: Run, n: int, k: int) -> tuple[float, float]:
+    """(seconds, steps an example) of one update of n examples with k attack steps."""
+    whole = run.rows, run.defense
+    run.rows, run.defense = run.rows[:n], _pinned(run.defense, k)
+    _settle(run.device)
+    began = time.perf_counter()
+    tally = run.learn(Progress(run.settings.epochs // 2, run.settings.epochs))
+    _settle(run.device)
+    seconds = time.perf_counter() - began
+    run.rows, run.defense = whole
+    return seconds, tally.figures()["steps_per_example"]
+
+
+def _rehearsed(run: Run, batch: int) -> tuple[int, int]:
+    """(examples to time at once, bytes of activations of a whole batch); warms the device up.
+
+    All of a batch on a GPU; on a CPU as many as take about a second, at least the two that BatchNorm needs.
+    """
+    n = min(2, batch) if run.device.type == "cpu" else batch
+    with _saving(run) as saved:
+        seconds, _ = _update(run, n, STEPS)
+    if run.device.type != "cpu":
+        return batch, saved.most
+    if seconds < SECONDS:
+        seconds, _ = _update(run, n, STEPS)  # again, warm: small networks would be timed on too few
+    return min(batch, CPU_EXAMPLES, n * max(1, int(SECONDS / seconds))), saved.most * batch // n
+
+
+def _fastest(run: Run, n: int, k: int) -> tuple[float, float]:
+    """The fastest of a few updates; of one, where that takes long."""
+    tries = [_update(run, n, k)]
+    while len(tries) < REPEATS and sum(seconds for seconds, _ in tries) < SECONDS:
+        tries.append(_update(run, n, k))
+    return min(tries)
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _steps_an_example(defense: Defense, epochs: int) -> tuple[int, int]:
+    """(low, high) attack steps that an example may take; 0 is the low end wherever a rule stops or a lesson grows."""
+    y, fixed, most = torch.zeros(1, dtype=torch.int64), True, defense.steps
+    for now in (Progress(done, epochs) for done in range(epochs)):
+        fixed &= defense.stop(now, y) is None and defense.steps_at(now) == most
+    return (most if fixed else 0), most
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+class _Saved:
+    """Bytes that autograd holds for the backward, every storage once, without what the run holds anyway."""
+
+    def __init__(self, own: set[int]) -> None:
+        self.own, self.holders, self.now, self.most = own, Counter[int](), 0, 0
+
+    def pack(self, tensor: Tensor) -> _Holder:
+        return _Holder(self, tensor)
+
+    def change(self, tensor: Tensor, by: int) -> None:
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr()
+        self.holders[place] += by
+        if place not in self.own and self.holders[place] == max(by, 0):  # the first holder came, or the last one went
+            self.now += by * storage.nbytes()
+            self.most = max(self.most, self.now)
+
+
+class _Holder:
+    """One of autograd's references to a tensor; gone when the graph is."""
+
+    def __init__(self, saved: _Saved, tensor: Tensor) -> None:
+        self.saved, self.tensor = saved, tensor
+        saved.change(tensor, +1)
+
+    def __del__(self) -> None:
+        self.saved.change(self.tensor, -1)
+
+
+@contextmanager
+def _saving(run: Run) -> Iterator[_Saved]:
+    own = {t.untyped_storage().data_ptr() for t in (*run.net.parameters(), *run.net.buffers(), run.x)}
+    saved = _Saved(own)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda holder: holder.tensor):
+        yield saved
+
+
+def _memory(run: Run, activations: int) -> dict[str, int]:
+    """part -> bytes."""
+    weights = sum(t.nbytes for t in (*run.net.parameters(), *run.net.buffers()))
+    learning = sum(p.nbytes for p in run.net.parameters() if p.requires_grad)
+    parts = {"weights": weights, "gradients": learning, "momentum": learning if run.settings.momentum else 0}
+    parts |= {"average": 0 if run.average is None else weights, "activations": activations, "images": run.x.nbytes}
+    return {part: size for part, size in parts.items() if size}
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def _between(seconds: Any) -> str:
+    low, high = (_span(s) for s in seconds)
+    return low if low == high else f"{low} to {high}"
+
+
+def _span(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def _bytes(size: int) -> str:
+    unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if size >= s), ("kB", 1e3))
+    return f"{size / scale:.3g} {unit}"
+
+
+def _named(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"the CPU ({threads} thread{'s' * (threads > 1)})"
+
+
+def _shape(loaded: data.Data) -> str:
+    return f"{loaded.info.name}'s shape {'x'.join(map(str, loaded.shape))}"

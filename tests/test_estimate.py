@@ -1,0 +1,141 @@
+"""What a run is said to cost: counts exact, time and memory from updates that the trainer itself does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fatbench import data, estimate, models
+from fatbench.data import take
+from fatbench.errors import Refused
+from fatbench.estimate import _pinned, _rehearsed, _Saved, _saving, _stand_in, _steps_an_example, _update
+from fatbench.recipe import contestant, resolve
+from fatbench.registry import defenses
+from fatbench.trainer import Run, fabric_on
+
+
+def begun(name: str, **options: Any) -> Run:
+    settings = resolve(name, n_train=200, **options)
+    return Run(settings, Path(), take(_stand_in("digits"), 200), fabric_on("cpu"))
+
+
+def test_parameters_examples_and_updates_are_the_run_s_own() -> None:
+    found = estimate.estimate(resolve("fat", arch="wrn-40-4", epochs=7, batch_size=100), device="cpu")
+    with torch.device("meta"):
+        net = models.build("wrn-40-4", channels=1)
+    assert found.parameters == sum(p.numel() for p in net.parameters())
+    assert found.parameters - found.used == 9_366_394 - 8_949_210  # sub_block1, which no forward uses
+    run = Run(resolve("fat"), Path(), data.load("digits"), fabric_on("cpu"))
+    assert (found.examples, found.held) == (len(run.rows), len(run.held))
+    run.settings = run.settings.model_copy(update={"batch_size": 100})
+    assert found.updates == len(list(run.batches(0)))
+    assert found.steps == (0, 10) and found.seconds[0] < found.seconds[1]
+    said = str(found)
+    assert f"{found.used:,} of them used in the forward" in said
+    assert f"{found.updates:,} an epoch, {7 * found.updates:,} in 7 epochs" in said
+    assert "made up, in digits's shape 1x8x8" in said
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "svhn"])
+def test_a_known_dataset_needs_not_be_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "load", lambda *asked: pytest.fail("the data was asked for"))
+    loaded = _stand_in(name)
+    assert {"digits": (1437, 1, 8, 8), "mnist": (60000, 1, 28, 28), "svhn": (73257, 3, 32, 32)}[name] == tuple(
+        loaded.x_train.shape
+    )
+    assert len(loaded.y_train) == len(loaded.x_train) and loaded.y_train.unique().tolist() == list(range(10))
+
+
+def test_the_sizes_told_of_datasets_are_those_of_digits() -> None:
+    real = data.load("digits")
+    assert _stand_in("digits").x_train.shape == real.x_train.shape
+
+
+@pytest.mark.parametrize("name", list(defenses))
+def test_bounds_are_none_to_k_steps_where_a_rule_stops_or_a_lesson_grows(name: str) -> None:
+    one = contestant(resolve(name, sets=["steps=7"]))
+    fixed = name in ("madry", "trades", "mart", "standard")
+    assert _steps_an_example(one, 12) == (7 if fixed else 0, 7)
+
+
+@pytest.mark.parametrize("name", list(defenses))
+@pytest.mark.parametrize("k", [0, 2])
+def test_the_timed_update_is_the_trainer_s_with_everybody_taking_k_steps(name: str, k: int) -> None:
+    run = begun(name)
+    whole, defense, before = run.rows, run.defense, run.net.state_dict()["0.weight"].clone()
+    seconds, steps = _update(run, 30, k)
+    # CAT mixes strengths 0..k in a batch: 10 examples each of 0, 1 and 2.
+    assert steps == (k / 2 if name in ("cat", "fat-cat") else k)
+    assert seconds > 0
+    assert run.rows is whole and run.defense is defense
+    assert not torch.equal(before, run.net.state_dict()["0.weight"])  # the update was really done
+
+
+def test_a_pinned_defense_keeps_its_fields() -> None:
+    one = contestant(resolve("fat-trades", sets=["beta=3", "tau=1", "omega=0.5"]))
+    twin: Any = _pinned(one, 4)
+    assert (twin.beta, twin.tau, twin.omega, twin.eps) == (3, 1, 0.5, one.eps)
+
+
+def test_time_is_scaled_by_examples_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "_update", lambda run, n, k: (0.5 * n + 0.25 * k * n, float(k)))
+    found = estimate.estimate(resolve("fat", epochs=2), device="cpu")
+    examples, held, step = 1293, 144, 0.25
+    validation = 11 * held * step  # PGD-10 and two forwards
+    assert found.seconds == pytest.approx((examples * 0.5 + validation, examples * (0.5 + 10 * step) + validation))
+    assert f"{2 * found.seconds[0] / 60:.3g} min to {2 * found.seconds[1] / 3600:.3g} hours in all" in str(found)
+    plain = estimate.estimate(resolve("madry", epochs=2), device="cpu")
+    assert plain.seconds == (found.seconds[1], found.seconds[1])
+
+
+def test_a_storage_is_counted_once_and_until_its_graph_is_gone() -> None:
+    run = begun("standard")
+    x = torch.ones(1000, requires_grad=True)
+    with _saving(run) as saved:
+        first = x.exp()  # keeps its result
+        second = first.exp()  # keeps its own; its input is the same storage as first's result
+        assert saved.now == 2 * 4000
+        third = (first * second).sum()  # keeps both, which are counted
+        assert saved.now == 2 * 4000
+        third.backward()
+        del first, second, third
+        assert saved.now == 0
+        x.exp()
+    assert saved.most == 2 * 4000
+
+
+def test_what_the_run_holds_anyway_is_not_counted_as_activations() -> None:
+    net = nn.Linear(10, 10)
+    saved = _Saved({t.untyped_storage().data_ptr() for t in net.parameters()})
+    x = torch.ones(5, 10, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda holder: holder.tensor):
+        out = net(x)
+    assert saved.now == x.nbytes  # the input, for the weight's gradient; not the weight
+    del out
+
+
+@pytest.mark.parametrize("name", ["madry", "trades", "mart"])
+def test_activations_of_a_batch_are_those_of_a_few_examples_scaled(name: str) -> None:
+    run = begun(name)
+    _, scaled = _rehearsed(run, 64)
+    with _saving(run) as saved:
+        _update(run, 64, 2)
+    assert scaled == pytest.approx(saved.most, rel=0.02)
+
+
+def test_memory_names_its_parts() -> None:
+    found = estimate.estimate(resolve("fat", sets=["momentum=0"]), device="cpu").memory
+    assert set(found) == {"weights", "gradients", "activations", "images"}
+    assert found["images"] == 1437 * 64 * 4
+    assert found["gradients"] == 4 * 7898 <= found["weights"]
+
+
+def test_own_data_of_another_shape_is_refused_before_anything_is_timed(npz: Callable[..., Path]) -> None:
+    settings = resolve(None, recipe="fig-6-fat", eps="0.06", sets=["tau=0"], dataset=str(npz(shape=(8, 8))))
+    with pytest.raises(Refused, match="images of 3x32x32, and made-up has 1x8x8"):
+        estimate.estimate(settings, device="cpu")
