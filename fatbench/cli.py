@@ -392,7 +392,7 @@ def _print_table(key: tuple[str, ...], table: pd.DataFrame) -> None:
     for row in shown.itertuples(index=False):
         printed.add_row(*(escape(str(cell)) for cell in row))
     stdout.print(printed)
-    for note in faces.notes(table):
+    for note in faces.notes(table, brief=True):
         stdout.print(escape(note), soft_wrap=True)
 
 

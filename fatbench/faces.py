@@ -72,7 +72,7 @@ def _marks(table: pd.DataFrame) -> list[str]:
 
 
 def named(row: Row) -> str:
-    """A row's defense, with what sets it apart."""
+    """A row's defense, with what sets it apart from others of its name."""
     return f"{row['defense']} ({row['variant']})" if row["variant"] else str(row["defense"])
 
 
@@ -141,15 +141,15 @@ _WIDE: dict[str, Callable[[Row], Any]] = {
 }
 
 
-def notes(table: pd.DataFrame) -> list[str]:
+def notes(table: pd.DataFrame, *, brief: bool = False) -> list[str]:
     """What stands under a table: how to read a cell, and every reason for doubt."""
     measured = table[table["source"] == "measured"]
     told = []
     if len(measured):
         told.append(
             "Accuracy in percent at the last iterate, `worst case` under the worst of the attacks for each example; "
-            "median ± standard deviation over training seeds, in brackets Wilson's 95 % interval over the n test "
-            "samples."
+            "median ± standard deviation over training seeds"
+            + ("." if brief else ", in brackets Wilson's 95 % interval over the n test samples.")
         )
     if "rank" in table and table["rank"].notna().any():
         told.append(
