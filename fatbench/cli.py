@@ -279,6 +279,21 @@ def compare(
     typer.echo(json.dumps(verdict.as_json(compared), indent=1) if as_json else verdict.markdown(compared), nl=as_json)
 
 
+@app.command()
+def plot(
+    records: Annotated[Path, typer.Argument(help="A folder of records.")] = Path("records"),
+    out: Out = Path("plots"),
+    kinds: Annotated[str | None, typer.Option("--kinds", help="curves,eps,tau,classes; all unless given.")] = None,
+) -> None:
+    """Draw records as PNG and SVG: training curves, robustness against eps, the tau trade-off, classes."""
+    from fatbench import plots
+    from fatbench.leaderboard import gather
+
+    asked = [kind.strip() for kind in (kinds or "").split(",") if kind.strip()]
+    for path in plots.draw(gather(records), records, out, asked):
+        typer.echo(path)
+
+
 @app.command(name="list")
 def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
@@ -362,20 +377,72 @@ def check(
 @app.command()
 def demo(
     out: Out = Path("demo"),
-    eps: Annotated[str, typer.Option(help="l-inf budget.")] = "0.3",
+    eps: Annotated[str, typer.Option(help="l-inf budgets, 0.3 or 0.1,0.2,0.3.")] = "0.3",
     epochs: Annotated[int | None, typer.Option(help="Of each run; a short budget unless given.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds, from 0.")] = 1,
+    defenses: Annotated[str | None, typer.Option(help="madry,fat or all; five unless given.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Examine the best epoch on validation beside the last.")] = False,
     device: Device = "auto",
 ) -> None:
     """Train standard, madry, trades, fat and fat-trades on digits, examine them, print the leaderboard."""
     from fatbench import demo as main_job
     from fatbench import leaderboard as boards
+    from fatbench.registry import defenses as registered
 
-    budget = main_job.EPOCHS if epochs is None else epochs
-    main_job.demo(out, eps=_published(eps), epochs=budget, seeds=seeds, device=device)
+    names = list(registered) if defenses == "all" else (defenses or ",".join(main_job.DEFENSES)).split(",")
+    budgets = [_published(one.strip()) for one in eps.split(",")]
+    main_job.demo(
+        out, defenses=[name.strip() for name in names], eps=budgets, seeds=seeds, best=best, device=device,
+        epochs=main_job.EPOCHS if epochs is None else epochs,
+    )  # fmt: skip
     for key, table in boards.tables(boards.board(boards.gather(out / "records"))).items():
         _print_table(key, table)
     typer.echo(f"written: {out / 'index.md'} and {out / 'index.html'}")
+
+
+@app.command()
+def sweep(
+    grid: Annotated[str, typer.Argument(metavar="GRID.toml", help="A grid of runs, or a recipe that sweeps.")],
+    out: Out = Path("sweep"),
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    device: Annotated[str, typer.Option(help="As in train; with commas between, one for each worker.")] = "auto",
+    only_print: Annotated[
+        bool, typer.Option("--print", help="Only list the commands of what is to be done, for a cluster's scheduler.")
+    ] = False,
+) -> None:
+    """Do every run of a grid that is not done yet, and examine it; what failed or was killed is launched again."""
+    from fatbench import sweep as sweeps
+
+    folders = sweeps.prepare(sweeps.expand(grid), out)
+    if only_print:
+        typer.echo(sweeps.printed(folders, device))
+        return
+    try:
+        sweeps.work_through(folders, workers, device.split(","))
+    finally:
+        typer.echo(sweeps.report(folders))
+    if (out / "records").is_dir():
+        leaderboard(out / "records", out / "board")
+
+
+@app.command()
+def status(out: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's folder.")] = Path("sweep")) -> None:
+    """Tell how a sweep stands: what is not launched, running, failed and why, done."""
+    from fatbench import sweep as sweeps
+
+    typer.echo(sweeps.report(sweeps.jobs_in(out)))
+
+
+@app.command()
+def job(
+    folder: Annotated[Path, typer.Argument(help="One of a sweep's jobs/.")],
+    device: Device = "auto",
+) -> None:
+    """Do one run of a sweep: what `sweep --print` lists."""
+    from fatbench.job import carry_out, train_and_examine
+
+    records = folder.resolve().parents[1] / "records"
+    carry_out(folder, partial(train_and_examine, device=device, records=records))
 
 
 # ------------------------------------------------------------------------------------------------ helpers
@@ -428,7 +495,7 @@ def _print_table(key: tuple[str, ...], table: pd.DataFrame) -> None:
     for row in shown.itertuples(index=False):
         printed.add_row(*(escape(str(cell)) for cell in row))
     stdout.print(printed)
-    for note in faces.notes(table):
+    for note in faces.notes(table, brief=True):
         stdout.print(escape(note), soft_wrap=True)
 
 
