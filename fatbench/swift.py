@@ -35,7 +35,6 @@ def swift(model: nn.Module, x: Tensor, precision: Precision = "float32") -> nn.M
         try:
             copy = _ChannelsLast(dtype(copied(model)))
             if _agrees(copy, model, x, precision):
-                copy.freeze(x, AGREEMENT[precision])
                 return copy
         except Exception:  # anybody's code: what cannot be traced, copied or run in bfloat16 stays as it is
             continue
@@ -43,36 +42,15 @@ def swift(model: nn.Module, x: Tensor, precision: Precision = "float32") -> nn.M
 
 
 class _ChannelsLast(nn.Module):
-    """A network that lays out its images and weights channels last and answers in float32.
-
-    Attributes:
-        frozen: A compiled form, for forwards that need no gradient: oneDNN's weights are packed once, not in each pass.
-    """
+    """A network that lays out its images and weights channels last and answers in float32."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.frozen: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        network = self.network if torch.is_grad_enabled() or self.frozen is None else self.frozen
-        logits: Tensor = network(x.contiguous(memory_format=torch.channels_last))
+        logits: Tensor = self.network(x.contiguous(memory_format=torch.channels_last))
         return logits.float()
-
-    @torch.no_grad()
-    def freeze(self, x: Tensor, agreement: float) -> None:
-        """Compiles the network where it can be, and where the compiled one answers batches of any size alike."""
-        if x.device.type != "cpu":  # what it gives on a GPU was not measured
-            return
-        like = x.contiguous(memory_format=torch.channels_last)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                frozen = torch.jit.freeze(torch.jit.trace(self.network, like, check_trace=False))  # type: ignore[no-untyped-call]
-                alike = all(_alike(frozen(part), self.network(part), agreement) for part in (like, like[:1], like))
-            except Exception:  # anybody's code
-                return
-        self.frozen = frozen.forward if alike else None  # not as a part of this module: it knows no train mode
 
 
 class _Cast(nn.Module):
