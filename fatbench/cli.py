@@ -41,6 +41,29 @@ class Kind(StrEnum):
     datasets = "datasets"
     protocols = "protocols"
     recipes = "recipes"
+    robustbench = "robustbench"
+
+
+class Tier(StrEnum):
+    """How much of a protocol is carried out."""
+
+    quick = "quick"
+    bound = "bound"
+    full = "full"
+
+
+class Precision(StrEnum):
+    """What attacks are made in."""
+
+    float32 = "float32"
+    bf16 = "bf16"
+
+
+class Layout(StrEnum):
+    """What AutoAttack crafts on."""
+
+    swift = "swift"
+    given = "given"
 
 
 def _version(asked: bool) -> None:
@@ -123,7 +146,7 @@ def train(
 
 @app.command()
 def evaluate(
-    ckpt: Annotated[str, typer.Argument(metavar="CKPT", help="A run folder or a checkpoint file.")],
+    ckpt: Annotated[str, typer.Argument(metavar="CKPT", help="A run folder, a checkpoint file, or robustbench:ID.")],
     dataset: DatasetName = None,
     protocol: Annotated[str | None, typer.Option(help="A protocol (list protocols) or a .toml.")] = None,
     attacks: Annotated[str | None, typer.Option(help="fgsm,pgd-20,cw-inf,autoattack under the house protocol.")] = None,
@@ -139,44 +162,76 @@ def evaluate(
         str | None, typer.Option(help="Normalisation of foreign weights, one number a channel, 0.49,0.48,0.45.")
     ] = None,
     std: Annotated[str | None, typer.Option(help="As --mean.")] = None,
+    tier: Annotated[
+        Tier, typer.Option(help="quick: PGD-20 alone; bound: AutoAttack up to APGD-T, an upper bound; full.")
+    ] = Tier.full,
+    attack_precision: Annotated[
+        Precision, typer.Option(help="What attacks are made in; what they find is verified in float32.")
+    ] = Precision.float32,
+    layout: Annotated[
+        Layout, typer.Option(help="swift: AutoAttack crafts on a folded copy; given: on the network as it is.")
+    ] = Layout.swift,
+    checks: Annotated[
+        bool | None, typer.Option("--checks/--no-checks", help="For gradient masking; with autoattack unless given.")
+    ] = None,
+    surrogate: Annotated[str | None, typer.Option(metavar="CKPT", help="Another network to transfer from.")] = None,
+    save_adversarial: Annotated[
+        bool, typer.Option("--save-adversarial", help="Keep the worst example of each image beside the record.")
+    ] = False,
+    external: Annotated[
+        Path | None, typer.Option(metavar="ADV.SAFETENSORS", help="Judge somebody else's examples instead.")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Who made the examples of --external, and how.")] = None,
+    model_dir: Annotated[Path, typer.Option(help="Where RobustBench's models lie.")] = Path("models"),
     device: Device = "auto",
-    devices: Annotated[int, typer.Option(help="Processes; only 1 for now.")] = 1,
+    devices: Devices = None,
+    nodes: Nodes = None,
     out: Out = Path("records"),
 ) -> None:
     """Examine a network under a protocol; writes a record with per-example evidence."""
-    from fatbench import protocol as protocols
-
-    _one_process(devices)
-    if protocol and attacks:
-        raise Refused("--protocol and --attacks: give one; a protocol says its attacks itself")
-    said = protocols.load(protocol or protocols.DEFAULT)
-    said = said.only(attacks.split(",")) if attacks else said
-
-    from fatbench import checkpoint, data
     from fatbench import devices as places
-    from fatbench.evaluate import Examination
-    from fatbench.evaluate import evaluate as examine
+    from fatbench.asked import Network
+    from fatbench.shards import PATIENCE, examine_as_asked
 
-    normalisation = _numbers(mean, "--mean"), _numbers(std, "--std")
-    if (normalisation[0] is None) != (normalisation[1] is None):
-        raise Refused("--mean and --std go together")
-    fabric = places.fabric_on(device)
-    loaded = data.load(dataset) if dataset else None
-    size = loaded.shape[1] if loaded else 32
-    subject = checkpoint.load(
-        Path(ckpt), arch=arch, factory=model, mean=normalisation[0], std=normalisation[1], size=size
+    network = Network(ckpt, arch, model, _numbers(mean, "--mean"), _numbers(std, "--std"), str(model_dir))
+    options = {
+        "dataset": dataset, "protocol": protocol, "attacks": attacks, "eps": eps, "external": external,
+        "source": source, "surrogate": surrogate, "n": n, "checked": checks, "tier": tier.value,
+        "attack_precision": attack_precision.value, "layout": layout.value, "balanced": balanced, "seed": seed,
+    }  # fmt: skip
+    fabric = places.fabric_on(device, devices=devices, nodes=nodes, patience=PATIENCE)
+    record = places.launched(fabric, examine_as_asked, network, options, out, save_adversarial)
+    if speaks():
+        _show_record(record)
+        typer.echo(f"record: {out / record.id}.json; next: fatbench leaderboard {out}")
+
+
+@app.command()
+def verify(
+    record: Annotated[Path, typer.Argument(help="A record whose examples were kept (--save-adversarial).")],
+    ckpt: Annotated[str | None, typer.Argument(help="Its network; where the record took it from unless given.")] = None,
+    dataset: DatasetName = None,
+    device: Device = "auto",
+) -> None:
+    """Count a record again: reloads network, data and examples, and recomputes its row."""
+    from fatbench import data, evidence
+    from fatbench.asked import Network
+    from fatbench.devices import fabric_on
+    from fatbench.record import read
+
+    said = read(record)
+    origin = said.run.get("source") or {}
+    if not (ckpt or origin) or not (dataset or origin):
+        raise Refused(f"{record} does not say where its network and data lie: give CKPT and --dataset")
+    network = Network(
+        **{**{key: v for key, v in origin.items() if key != "dataset"}, **({"checkpoint": ckpt} if ckpt else {})}
     )
-    trained = subject.meta.get("settings") or {}
-    budget = eps or said.eps or trained.get("eps")
-    if loaded is None and not trained:
-        raise Refused(f"{ckpt} does not say what it was trained on: give --dataset")
-    if budget is None:
-        raise Refused(f"{ckpt} does not say its budget: give --eps, such as --eps 8/255")
-    loaded = loaded or data.load(trained["dataset"])
-    task = Examination(subject, loaded, said, _published(budget), n, balanced, seed)
-    record = examine(task, out, device=fabric.device)
-    _show_record(record)
-    typer.echo(f"record: {out / record.id}.json; next: fatbench leaderboard {out}")
+    loaded = data.load(dataset or origin["dataset"])
+    found = evidence.verify(said, record, network.load(loaded), loaded, fabric_on(device).device)
+    n = said.result.data.n
+    typer.echo(f"clean {found.clean} of {n}, worst case {found.robust} of {n}; {found.differ} differ from the record")
+    if found.differ:
+        raise RunFailed(f"{found.differ} of {n} examples are not what {record} says of them")
 
 
 @app.command()
@@ -253,6 +308,10 @@ def _catalogue(kind: Kind) -> dict[str, Callable[[], str]]:
         return {name: partial(_said, lambda name: protocol.load(name).summary, name) for name in protocol.shelf()}
     if kind is Kind.recipes:
         return {name: partial(_said, lambda name: recipe.load(name).summary, name) for name in recipe.shelf()}
+    if kind is Kind.robustbench:
+        from fatbench import zoo
+
+        return {name: partial(str, boards) for name, boards in zoo.ids().items()}
     known = NETWORKS if kind is Kind.models else {name: info.summary for name, info in DATASETS.items()}
     return {name: partial(str, text) for name, text in known.items()}
 
@@ -386,11 +445,6 @@ def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
         raise Refused(f"{option} {text}: {error}") from None
 
 
-def _one_process(devices: int) -> None:
-    if devices != 1:
-        raise Refused(f"--devices {devices}: this version runs on one device")
-
-
 def _print_table(key: tuple[str, ...], table: pd.DataFrame) -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -430,11 +484,17 @@ def _show_record(record: Any) -> None:
         typer.echo(f"  {result.network.status}: no number")
     if result.collapsed:
         typer.echo("  collapsed: no better on clean examples than always giving one answer; a table shows it as failed")
+    if result.bound:
+        typer.echo("  an upper bound: the same command with --tier full goes on from here")
     for attack, right in result.correct.items():
         low, high = wilson(right, result.data.n)
         typer.echo(f"  {attack:<12} {100 * right / result.data.n:6.2f} %  [{100 * low:.2f}, {100 * high:.2f}]")
+    for attack, after in result.after.items():
+        typer.echo(f"  {attack}: " + ", ".join(f"{stage} leaves {right}" for stage, right in after.items()))
     for warning in result.warnings:
         typer.echo(f"  warning: {warning}")
+    if result.masking is not None:
+        typer.echo(f"  gradient masking: {', '.join(result.masking) or 'no sign'} ({len(result.doubts)} checks)")
 
 
 def _stop(code: int, text: str) -> NoReturn:

@@ -93,6 +93,7 @@ def _line(record: Record) -> dict[str, Any]:
         "contestant": digest([settings or network.fingerprint, network.selection, examined]),
         "correct": result.correct,
         "warnings": result.warnings,
+        "masking": result.masking,
         "training": record.training,
     }
 
@@ -107,7 +108,9 @@ def _status(record: Record) -> str:
     network = record.result.network
     if network.status == "unfinished":
         return f"unfinished ({network.epoch}/{network.epochs})"
-    return "failed: collapsed to one answer" if record.result.collapsed else network.status
+    if record.result.collapsed:
+        return "failed: collapsed to one answer"
+    return "bound" if record.result.bound and network.status == "done" else network.status
 
 
 def in_order(attacks: Iterable[str]) -> list[str]:
@@ -148,10 +151,12 @@ def rows(lines: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _row(group: pd.DataFrame, attacks: list[str]) -> dict[str, Any]:
-    group = group.drop_duplicates("fingerprint")  # one network examined twice is one seed
+    # One network examined twice is one seed; what was examined whole says more than a bound on it.
+    group = group.sort_values("status", key=lambda s: s == "bound", kind="stable").drop_duplicates("fingerprint")
     first = group.iloc[0]
     good = group[group["status"] == "done"]
-    status = "; ".join(dict.fromkeys(group["status"]) if good.empty else ["done"])
+    good = group[group["status"] == "bound"] if good.empty else good
+    status = "; ".join(dict.fromkeys(group["status"] if good.empty else good["status"]))
     row: dict[str, Any] = {"source": "measured", "reference": "", "data": first["dataset"]}
     copied = (*GROUP, "defense", "variant", "arch", "eps", "eps_train", "epochs", "selection", "n", "training_of")
     row |= {key: first[key] for key in copied}
@@ -189,12 +194,23 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def _masking(good: pd.DataFrame) -> str:
-    """What AutoAttack's checks, and its black-box attack after the white-box ones, say of masked gradients."""
-    tested = [w for w, correct in zip(good["warnings"], good["correct"], strict=True) if "autoattack" in correct]
-    doubtful = sum(any(warning.startswith("autoattack") for warning in warnings) for warnings in tested)
+    """The verdict on masked gradients: the names of the checks that fired, or what AutoAttack's own say."""
+    tested = [
+        list(line["masking"] if line["masking"] is not None else _library_doubts(line["warnings"]))
+        for line in good.to_dict("records")
+        if line["masking"] is not None or "autoattack" in line["correct"]
+    ]
     if not tested:
         return ""
-    return "no sign" if not doubtful else "suspected" if len(tested) == 1 else f"suspected, {doubtful} of {len(tested)}"
+    doubtful = sum(map(bool, tested))
+    names = ", ".join(dict.fromkeys(name for fired in tested for name in fired if name))
+    verdict = "suspected" + (f" ({names})" if names else "")
+    return "no sign" if not doubtful else verdict if len(tested) == 1 else f"{verdict}, {doubtful} of {len(tested)}"
+
+
+def _library_doubts(warnings: Iterable[str]) -> list[str]:
+    """The verdict of a record that made no checks: AutoAttack's own warnings, which have no names."""
+    return [""] if any(warning.startswith("autoattack") for warning in warnings) else []
 
 
 def _effort(good: pd.DataFrame) -> dict[str, Any]:

@@ -87,7 +87,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("train", "fat", "--nodes", "2"), "MASTER_ADDR"),
         (("train", "fat", "--sync-bn"), "for GPUs only"),
         (("train", "fat", "--set", "ranks=2"), "2 processes and there are 1"),
-        (("evaluate", "nowhere", "--devices", "2"), "one device"),
         (("train", "fat", "--precision", "8-bit"), "32-true"),
         (("train", "fat", "--recipe", "no.toml"), "cannot read the recipe no.toml"),
         (("train", "fat", "--recipe", "nope"), "unknown recipe"),
