@@ -22,7 +22,7 @@ from fatbench.record import Record
 
 pytestmark = pytest.mark.timeout(240)
 ATTACKS = "fgsm,pgd-5,pgd-10,autoattack"
-CHUNK = 250
+EPS = "0.14"  # leaves AutoAttack few to spend its time on
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         arrays |= {f"x_{split}": (255 * (0.5 * patterns[y] + 0.5 * rng.uniform(size=(n, 8, 8)))).astype(np.uint8)}
         arrays |= {f"y_{split}": y}
     np.savez(folder / "made-up.npz", **arrays)
-    settings = recipe.resolve("fat", dataset=str(folder / "made-up.npz"), eps="0.1", epochs=1, lr=0.05, batch_size=64)
+    settings = recipe.resolve(
+        "standard", dataset=str(folder / "made-up.npz"), eps=EPS, epochs=8, lr=0.05, batch_size=64
+    )
     return trainer.train(settings, folder / "run"), folder / "made-up.npz"
 
 
@@ -61,7 +63,8 @@ def test_one_two_and_three_processes_find_the_same(
     assert one["id"] == two["id"]
     assert one["hash"] == two["hash"] == three["hash"]
     assert one["result"]["data"]["n"] == 507
-    assert 0 < one["result"]["correct"]["worst"] < 507
+    right = one["result"]["correct"]
+    assert right["clean"] > right["fgsm"] > right["pgd-10"] > right["autoattack"]
     assert ("ranks" in one["run"], two["run"]["ranks"], three["run"]["ranks"]) == (False, 2, 3)
     kept = [(tmp_path / str(n) / f"{one['id']}.adversarial.safetensors").read_bytes() for n in (1, 2, 3)]
     assert kept[0] == kept[1] == kept[2]
@@ -75,7 +78,7 @@ def test_what_ranks_left_behind_is_gone_on_with_by_any_number_of_processes(
 ) -> None:
     """As two ranks that were killed leave it: the first chunk in one ledger, half of the second in another."""
     subject, loaded = load(world[0]), data.load(str(world[1]))
-    task = Examination(subject, loaded, protocol.load(protocol.DEFAULT).only(["fgsm", "pgd-5"]), "0.1", checked=False)
+    task = Examination(subject, loaded, protocol.load(protocol.DEFAULT).only(["fgsm", "pgd-5"]), EPS, checked=False)
     whole = evaluate.evaluate(task, tmp_path / "whole")
     state = State.of(task, tmp_path / "parts")
     (tmp_path / "parts").mkdir()
@@ -103,7 +106,7 @@ def test_what_ranks_left_behind_is_gone_on_with_by_any_number_of_processes(
 
 def test_a_folder_at_work_is_refused_by_all_ranks_in_one_voice(world: tuple[Path, Path], tmp_path: Path) -> None:
     task = Examination(
-        load(world[0]), data.load(str(world[1])), protocol.load(protocol.DEFAULT).only(["fgsm"]), "0.1", checked=False
+        load(world[0]), data.load(str(world[1])), protocol.load(protocol.DEFAULT).only(["fgsm"]), EPS, checked=False
     )
     state = State.of(task, tmp_path)
     with (
@@ -115,7 +118,7 @@ def test_a_folder_at_work_is_refused_by_all_ranks_in_one_voice(world: tuple[Path
 
 def test_every_chunk_is_one_ranks(world: tuple[Path, Path], tmp_path: Path) -> None:
     task = Examination(
-        load(world[0]), data.load(str(world[1])), protocol.load(protocol.DEFAULT).only(["fgsm"]), "0.1", checked=False
+        load(world[0]), data.load(str(world[1])), protocol.load(protocol.DEFAULT).only(["fgsm"]), EPS, checked=False
     )
     done = []
     for rank in range(4):  # one more than there are chunks
