@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fatbench import checkpoint, console, trainer
+from fatbench import checkpoint, console, recipe, trainer
 from fatbench.attacks import Friendly, natural, pgd
 from fatbench.errors import Refused
 from fatbench.registry import defenses
@@ -208,6 +208,13 @@ def test_crafting_without_a_stop_rule_never_waits_for_a_device(world: Any) -> No
         assert waits.count == 0
         pgd(net, x, y, eps=0.1, step_size=0.02, steps=5, start=natural, stop=Friendly(5, y))
         assert waits.count > 0
+
+
+def test_synchronised_batchnorm_is_refused_where_ranks_would_wait_for_ever() -> None:
+    two_gpus: Any = SimpleNamespace(world_size=2, device=torch.device("cuda"))
+    trainer._fits(recipe.resolve("fat", ranks=2, sync_bn=True), two_gpus)
+    with pytest.raises(Refused, match="cat crafts in train mode"):
+        trainer._fits(recipe.resolve("cat", ranks=2, sync_bn=True), two_gpus)
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4", "RANK": "3"}
