@@ -128,7 +128,7 @@ def family(arch: str) -> str:
     >>> family("wrn-32-10"), family("WideResNet-34-10"), family("WideResNet-28-10"), family("ResNet-18")
     ('wrn-32/34-10', 'wrn-32/34-10', 'wrn-28-10', 'resnet-18')
     """
-    wide = re.fullmatch(r"(?:WideResNet|WRN)-(\d+-\d+)", arch, re.IGNORECASE)
+    wide = re.fullmatch(r"(?:WideResNet|WRN)-(\d+-\d+)(?:-sub-block1|-plain)?", arch, re.IGNORECASE)
     name = f"wrn-{wide[1]}" if wide else arch.lower() if arch.lower() in NETWORKS else arch
     return "wrn-32/34-10" if name in ("wrn-32-10", "wrn-34-10") else name
 

@@ -215,8 +215,8 @@ def verify(
 ) -> None:
     """Count a record again: reloads network, data and examples, and recomputes its row."""
     from fatbench import data, evidence
+    from fatbench import devices as places
     from fatbench.asked import Network
-    from fatbench.devices import fabric_on
     from fatbench.record import read
 
     said = read(record)
@@ -227,7 +227,7 @@ def verify(
         **{**{key: v for key, v in origin.items() if key != "dataset"}, **({"checkpoint": ckpt} if ckpt else {})}
     )
     loaded = data.load(dataset or origin["dataset"])
-    found = evidence.verify(said, record, network.load(loaded), loaded, fabric_on(device).device)
+    found = evidence.verify(said, record, network.load(loaded), loaded, places.fabric_on(device).device)
     n = said.result.data.n
     typer.echo(f"clean {found.clean} of {n}, worst case {found.robust} of {n}; {found.differ} differ from the record")
     if found.differ:
@@ -278,6 +278,21 @@ def compare(
 
     compared = pairs.compare([pairs.find(text, records) for text in contestants])
     typer.echo(json.dumps(verdict.as_json(compared), indent=1) if as_json else verdict.markdown(compared), nl=as_json)
+
+
+@app.command()
+def plot(
+    records: Annotated[Path, typer.Argument(help="A folder of records.")] = Path("records"),
+    out: Out = Path("plots"),
+    kinds: Annotated[str | None, typer.Option("--kinds", help="curves,eps,tau,classes; all unless given.")] = None,
+) -> None:
+    """Draw records as PNG and SVG: training curves, robustness against eps, the tau trade-off, classes."""
+    from fatbench import plots
+    from fatbench.leaderboard import gather
+
+    asked = [kind.strip() for kind in (kinds or "").split(",") if kind.strip()]
+    for path in plots.draw(gather(records), records, out, asked):
+        typer.echo(path)
 
 
 @app.command(name="list")
@@ -363,17 +378,24 @@ def check(
 @app.command()
 def demo(
     out: Out = Path("demo"),
-    eps: Annotated[str, typer.Option(help="l-inf budget.")] = "0.3",
+    eps: Annotated[str, typer.Option(help="l-inf budgets, 0.3 or 0.1,0.2,0.3.")] = "0.3",
     epochs: Annotated[int | None, typer.Option(help="Of each run; a short budget unless given.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds, from 0.")] = 1,
+    defenses: Annotated[str | None, typer.Option(help="madry,fat or all; five unless given.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Examine the best epoch on validation beside the last.")] = False,
     device: Device = "auto",
 ) -> None:
     """Train standard, madry, trades, fat and fat-trades on digits, examine them, print the leaderboard."""
     from fatbench import demo as main_job
     from fatbench import leaderboard as boards
+    from fatbench.registry import defenses as registered
 
-    budget = main_job.EPOCHS if epochs is None else epochs
-    main_job.demo(out, eps=_published(eps), epochs=budget, seeds=seeds, device=device)
+    names = list(registered) if defenses == "all" else (defenses or ",".join(main_job.DEFENSES)).split(",")
+    budgets = [_published(one.strip()) for one in eps.split(",")]
+    main_job.demo(
+        out, defenses=[name.strip() for name in names], eps=budgets, seeds=seeds, best=best, device=device,
+        epochs=main_job.EPOCHS if epochs is None else epochs,
+    )  # fmt: skip
     for key, table in boards.tables(boards.board(boards.gather(out / "records"))).items():
         _print_table(key, table)
     typer.echo(f"written: {out / 'index.md'} and {out / 'index.html'}")
@@ -469,7 +491,7 @@ def _print_table(key: tuple[str, ...], table: pd.DataFrame) -> None:
     for row in shown.itertuples(index=False):
         printed.add_row(*(escape(str(cell)) for cell in row))
     stdout.print(printed)
-    for note in faces.notes(table):
+    for note in faces.notes(table, brief=True):
         stdout.print(escape(note), soft_wrap=True)
 
 

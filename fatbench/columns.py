@@ -32,7 +32,7 @@ HEAD = (
         "string",
         source="measured here, reported by a paper, quoted by it from another, or listed by robustbench",
         defense="registered name, network where that is not known, or RobustBench's id",
-        variant="what sets it apart from others of its defense: beta",
+        variant="what sets it apart from others of its defense: beta, and settings that differ between such rows",
         arch="the network",
         family="networks that are one bear one name",
         data="what it was trained on",

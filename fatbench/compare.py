@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from fatbench.errors import Refused
+from fatbench.protocol import budget_of
 from fatbench.record import Record, read, read_outcomes
 from fatbench.stats import Paired, holm, welch
 
@@ -168,17 +169,21 @@ def _contestant(name: str, side: Sequence[tuple[Record, pd.DataFrame]], attacks:
     return Contestant(
         name,
         tuple(record for record, _ in ordered),
-        tuple(_right(outcomes, attacks) for _, outcomes in ordered),
+        tuple(held(record, outcomes, attacks) for record, outcomes in ordered),
         ordered[0][1]["label"],
     )
 
 
-def _right(outcomes: pd.DataFrame, attacks: list[str]) -> pd.DataFrame:
+def held(record: Record, outcomes: pd.DataFrame, attacks: Sequence[str]) -> pd.DataFrame:
+    """Which samples a network got right: clean, under each attack, and under the worst of them."""
     right = pd.DataFrame({"clean": outcomes["clean_pred"] == outcomes["label"]})
     for attack in attacks:
         right[attack] = ~outcomes[f"{attack}.broken"]
     # An attack with a budget of its own is another question than the worst case at the protocol's.
-    return right.assign(worst=right[[name for name in right.columns if "@" not in str(name)]].all(axis=1))
+    worst = right[[name for name in right.columns if not budget_of(str(name))]].all(axis=1)
+    # What was given only whom another attack left standing counts in the worst case alone.
+    later = [attack for attack in attacks if "standing_after" in record.protocol.attacks.get(attack, {})]
+    return right.drop(columns=later).assign(worst=worst)
 
 
 # ------------------------------------------------------------------------------------------------ what differs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -30,27 +31,28 @@ def demo(
     out: Path,
     *,
     defenses: Sequence[str] = DEFENSES,
-    eps: str = "0.3",
+    eps: Sequence[str] = ("0.3",),
     epochs: int = EPOCHS,
     seeds: int = 1,
+    best: bool = False,
     device: str,
 ) -> list[Record]:
     """Trains, examines under every attack of the house protocol and publishes the tables into `out`.
 
+    Every defense at every eps with every seed; with `best`, the best epoch on validation is examined beside the last.
     Whatever is finished in `out` already is not done again.
     """
     # A second thread gains little on networks this small, and one gives the same bits on any number of cores.
     torch.set_num_threads(1)
     digits, records = data.load("digits"), []
     where = devices.fabric_on(device).device
-    for seed in range(seeds):
-        for defense in defenses:
-            folder = out / "runs" / f"{defense}-eps{eps.replace('/', '_')}-epochs{epochs}-seed{seed}"
-            wanted = settings(defense, eps=eps, epochs=epochs, seed=seed)
-            trainer.train(wanted, folder, device=device, resume=(folder / "settings.toml").exists())
-            subject = checkpoint.load(folder)
-            examination = Examination(subject, digits, protocol.load(protocol.DEFAULT), eps)
-            records.append(evaluate(examination, out / "records", device=where))
+    for budget, seed, defense in product(eps, range(seeds), defenses):
+        folder = out / "runs" / f"{defense}-eps{budget.replace('/', '_')}-epochs{epochs}-seed{seed}"
+        wanted = settings(defense, eps=budget, epochs=epochs, seed=seed)
+        trainer.train(wanted, folder, device=device, resume=(folder / "settings.toml").exists())
+        for network in (folder, folder / "best.safetensors") if best else (folder,):
+            task = Examination(checkpoint.load(network), digits, protocol.load(protocol.DEFAULT), budget)
+            records.append(evaluate(task, out / "records", device=where))
             stderr.print(leaderboard.summary(records[-1]), soft_wrap=True)
     publish(leaderboard.gather(out / "records"), out)
     return records

@@ -49,7 +49,7 @@ def cells(table: pd.DataFrame, *, brief: bool = False) -> pd.DataFrame:
     found = table.to_dict("records")
     marks = _marks(table)
     shown: dict[str, list[str]] = {"#": [_text(row["rank"], "–") for row in found]} if "rank" in table else {}
-    shown["defense"] = [_named(row) + mark for row, mark in zip(found, marks, strict=True)]
+    shown["defense"] = [named(row) + mark for row, mark in zip(found, marks, strict=True)]
     shown["network"] = [row["arch"] for row in found]
     shown |= {} if "rank" in table else {"protocol": [row["protocol"] for row in found]}
     shown["source"] = [row["source"] for row in found]
@@ -71,7 +71,8 @@ def _marks(table: pd.DataFrame) -> list[str]:
     return [f" [{doubts.index(note) + 1}]" if note else "" for note in table["notes"]]
 
 
-def _named(row: Row) -> str:
+def named(row: Row) -> str:
+    """A row's defense, with what sets it apart from others of its name."""
     return f"{row['defense']} ({row['variant']})" if row["variant"] else str(row["defense"])
 
 
@@ -141,15 +142,15 @@ _WIDE: dict[str, Callable[[Row], Any]] = {
 }
 
 
-def notes(table: pd.DataFrame) -> list[str]:
+def notes(table: pd.DataFrame, *, brief: bool = False) -> list[str]:
     """What stands under a table: how to read a cell, and every reason for doubt."""
     measured = table[table["source"] == "measured"]
     told = []
     if len(measured):
         told.append(
             "Accuracy in percent at the last iterate, `worst case` under the worst of the attacks for each example; "
-            "median ± standard deviation over training seeds, in brackets Wilson's 95 % interval over the n test "
-            "samples."
+            "median ± standard deviation over training seeds"
+            + ("." if brief else ", in brackets Wilson's 95 % interval over the n test samples.")
         )
     if "rank" in table and table["rank"].notna().any():
         told.append(

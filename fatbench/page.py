@@ -15,7 +15,7 @@ from fatbench.record import Record
 
 POINTS = 100  # of a training curve; a longer one is thinned out
 # What a base defense and its friendly counterpart share, where both tell it.
-ALIKE = ("family", "variant", "eps_train", "epochs", "selection")
+ALIKE = ("family", "eps_train", "epochs", "selection")
 
 
 def html(whole: pd.DataFrame, records: Sequence[Record]) -> str:
@@ -62,6 +62,7 @@ def _arrows(rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
         for at, row in enumerate(rows)
         for base in bases.get((row["table"], row["source"] == "measured", base_of(row["defense"])), ())
         if all(name not in row or rows[base].get(name, row[name]) == row[name] for name in ALIKE)
+        and row.get("variant", "").startswith(rows[base].get("variant", ""))  # "beta 6" and "beta 6, tau 2"
     ]
 
 
@@ -93,4 +94,4 @@ def _thinned(values: Sequence[float | None]) -> list[list[float]]:
         return []
     every = max(1, -(-len(values) // POINTS))
     kept: Iterable[int] = sorted({*range(0, len(values), every), len(values) - 1})
-    return [[epoch + 1, float(f"{value:.4g}")] for epoch in kept if (value := values[epoch]) is not None]
+    return [[epoch + 1, round(value, 4)] for epoch in kept if (value := values[epoch]) is not None]

@@ -47,7 +47,10 @@ class Settings(BaseModel):
     n_train: int | None = Field(
         default=None, ge=1, description="so many class-balanced training examples; all unless given"
     )
-    validation: float = Field(default=0.1, gt=0, lt=1, description="share of the training examples held for selection")
+    validation: float = Field(
+        default=0.1, ge=0, lt=1,
+        description="share of the training examples held for selection; 0, as the papers train, leaves no `best`",
+    )  # fmt: skip
     augment: Literal["none", "crop", "crop-flip"] = Field(default="none", description="the dataset's unless given")
     precision: Literal["32-true", "bf16-mixed", "64-true"] = Field(
         default="32-true", description="as Lightning names it"

@@ -18,7 +18,8 @@ def standing(record: Record) -> list[str]:
         Refused: robustbench's boards cannot be read.
     """
     result = record.result
-    if record.protocol.attacks.get("autoattack", {}).get("version") != "standard" or "autoattack" not in result.correct:
+    said = record.protocol.attacks.get("autoattack", {})
+    if said.get("version") != "standard" or "standing_after" in said or "autoattack" not in result.correct:
         return []
     board = [
         model

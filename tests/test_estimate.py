@@ -132,7 +132,7 @@ def test_activations_of_a_batch_are_those_of_a_few_examples_scaled(name: str) ->
 
 def test_memory_names_its_parts() -> None:
     found = estimate.estimate(resolve("fat", sets=["momentum=0"]), device="cpu").memory
-    assert set(found) == {"weights", "gradients", "activations", "images"}
+    assert set(found) == {"weights", "gradients", "copy to craft on", "activations", "images"}
     assert found["images"] == 1437 * 64 * 4
     assert found["gradients"] == 4 * 7898 <= found["weights"]
 

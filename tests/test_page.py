@@ -150,6 +150,7 @@ def test_filters_bring_out_the_wide_networks_with_their_sources(page: Browser) -
         "quoted": 5,
     }
     assert "not ranked together" in page.text("#status")
+    assert set(page.column("protocol")) >= {"dat-2019 v1", "mart-2020 v1", "trades-2019 v1", "robustbench-linf v1"}
     assert "rank" not in page.run("return [...document.querySelectorAll('thead button')].map(b => b.dataset.column)")
     page.choose("source", "robustbench")
     assert len(page.names()) == 16

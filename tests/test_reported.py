@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from fatbench import beside, catalogue, faces, leaderboard, protocol, reported, robustbench
+from fatbench import beside, catalogue, faces, leaderboard, protocol, reported, robustbench, rows
 from fatbench.errors import Refused
 from fatbench.evaluation import examiner
 from fatbench.registry import defenses
@@ -278,7 +278,7 @@ def test_published_rows_need_no_records(
     ],
 )
 def test_an_attack_with_its_own_budget_stands_behind_its_plain_one(names: list[str], order: list[str]) -> None:
-    assert leaderboard.in_order(names) == order
+    assert rows.in_order(names) == order
     assert faces.title("pgd-20@16/255") == "PGD-20 (16/255)"
 
 

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from fatbench import data, devices, evaluate, files, protocol, recipe, shards, trainer
+from fatbench import data, devices, evaluate, protocol, recipe, shards, trainer
 from fatbench.asked import Network
 from fatbench.checkpoint import load
-from fatbench.errors import Refused
 from fatbench.evaluate import Examination, State
 from fatbench.ledger import Ledger
 from fatbench.record import Record
@@ -102,18 +101,6 @@ def test_what_ranks_left_behind_is_gone_on_with_by_any_number_of_processes(
     again = evaluate.evaluate(task, tmp_path / "parts")
     assert again.result == whole.result
     assert again.run["resumed_steps"] == steps
-
-
-def test_a_folder_at_work_is_refused_by_all_ranks_in_one_voice(world: tuple[Path, Path], tmp_path: Path) -> None:
-    task = Examination(
-        load(world[0]), data.load(str(world[1])), protocol.load(protocol.DEFAULT).only(["fgsm"]), EPS, checked=False
-    )
-    state = State.of(task, tmp_path)
-    with (
-        files.locked(tmp_path / f".{state.name}.ranks.lock", "here"),
-        pytest.raises(Refused, match="another process is at work"),
-    ):
-        examined(world[0], tmp_path, 2, attacks="fgsm")
 
 
 def test_every_chunk_is_one_ranks(world: tuple[Path, Path], tmp_path: Path) -> None:

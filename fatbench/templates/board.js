@@ -18,7 +18,7 @@ function element(name, attributes = {}, ...children) {
   return made;
 }
 
-const named = (row) => row.defense + (row.variant ? ` (${row.variant})` : "");
+const named = (row) => row.defense + (row.variant ? ` (${row.variant})` : "") + (row.selection === "best" ? ", best epoch" : "");
 const unknown = (row) => (row.source === "measured" ? "" : "unknown");
 
 function accuracy(row, attack) {
@@ -40,6 +40,8 @@ const COLUMNS = [
   { id: "defense", title: "Defense", on: true, value: named, show: null },
   { id: "arch", title: "Network", on: true, ...plain("arch") },
   { id: "source", title: "Source", on: true, value: (row) => row.source, show: (row) => element("span", { class: `source ${row.source}` }, row.source) },
+  { id: "dataset", title: "Dataset", ...plain("dataset") },
+  { id: "eps_class", title: "eps", ...plain("eps_class") },
   { id: "protocol", title: "Protocol", ...plain("protocol") },
   { id: "eps_train", title: "eps train", on: true, value: (row) => row.eps_train, show: (row) => (row.eps_train || unknown(row)) + (row.eps === row.eps_class ? "" : ` (tested at ${row.eps})`) },
   { id: "epochs", title: "Epochs", on: true, number: true, value: (row) => row.epochs, show: (row) => (row.epochs === undefined ? unknown(row) : row.epochs + (row.selection && row.selection !== "last" ? ` (${row.selection})` : "")) },
@@ -57,6 +59,7 @@ const COLUMNS = [
 ];
 
 // What is the same in all rows is said once, above the table, unless its column was asked for.
+const TABLE = ["dataset", "eps_class", "protocol"];
 const SAID_ONCE = ["arch", "source", "eps_train", "epochs", "seeds"];
 const state = { sort: null, down: true, columns: new Set(COLUMNS.filter((c) => c.on).map((c) => c.id)), asked: new Set(), robust: null };
 
@@ -84,7 +87,8 @@ function shown(rows) {
   const one = new Set(rows.map((row) => row.table)).size < 2;
   return COLUMNS.filter((column) => {
     if (column.id === "rank" && (!one || rows.every((row) => row.rank === undefined))) return false; // ranks of two tables do not compare
-    if (column.id === "protocol") return !one || state.columns.has("protocol");
+    // What tells two tables apart stands beside their rows.
+    if (TABLE.includes(column.id)) return state.columns.has(column.id) || new Set(rows.map((row) => row[column.id])).size > 1;
     if (same(column, rows) && !state.asked.has(column.id)) return false;
     if (titles.has(column.id) && column.id !== "clean" && rows.every((row) => row[column.id] === undefined)) return false;
     return column.id === "defense" || state.columns.has(column.id);
@@ -249,7 +253,7 @@ function detail(row) {
 
 function record(id) {
   const said = data.records[id];
-  const right = Object.entries(said.correct).map(([name, k]) => `${titles.get(name) || name} ${k}/${said.n}`).join(", ");
+  const right = data.attacks.filter(([name]) => name in said.correct).map(([name, title]) => `${title} ${said.correct[name]}/${said.n}`).join(", ");
   const stages = Object.entries(said.stages).map(([name, broke]) => `${name}: ${Object.entries(broke).map(([stage, k]) => `${stage} ${k}`).join(", ")}`).join("; ");
   const opened = element("details", {}, element("summary", {}, "Settings"), element("pre", {}, JSON.stringify({ ...said.settings, fields: said.fields }, null, 1)));
   return [element("h3", {}, `Record ${id}`), list([["seed", said.seed], ["status", said.status === "done" ? "" : said.status], ["still right", right], ["broken first by", stages], ["warnings", said.warnings.join("; ")], ["weights", said.fingerprint], ["data", `${said.data.name}, ${said.data.rule} of ${said.data.of}, ${said.data.fingerprint}`], ["hash", said.hash], ["examined on", Object.values(said.run).join(", ")]]), opened];
@@ -264,7 +268,7 @@ function curves(ids) {
     const all = lines.flat();
     const [low, high] = [Math.min(0, ...all.map((p) => p[1])), Math.max(...all.map((p) => p[1])) || 1];
     const last = Math.max(...all.map((p) => p[0]));
-    const [x, y] = [scale(1, Math.max(2, last), 40, 290), scale(low, high, 150, 26)];
+    const [x, y] = [scale(1, Math.max(2, last), 40, 290), scale(low, high, 150, 34)];
     const svg = element("svg:svg", { viewBox: "0 0 300 175", role: "img", "aria-label": `${title} over ${last} epochs, from ${all[0][1].toFixed(1)} to ${all.at(-1)[1].toFixed(1)}` });
     svg.append(element("svg:text", { x: 8, y: 16, class: "name" }, title));
     for (const at of [low, (low + high) / 2, high]) svg.append(element("svg:line", { class: "grid", x1: 40, x2: 290, y1: y(at), y2: y(at) }), element("svg:text", { x: 36, y: y(at) + 4, "text-anchor": "end" }, at.toFixed(high < 10 ? 1 : 0)));
