@@ -111,7 +111,9 @@ def launched(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
         outcome = fabric.launch(partial(_outcome, work=work, arguments=arguments))
     except ProcessExitedException as error:
         how = error.signal_name or f"exit code {error.exit_code}"
-        raise RunFailed(f"process {error.error_index} was ended by {how}; --resume goes on") from error
+        raise RunFailed(
+            f"process {error.error_index} was ended by {how}; the same command goes on (train: with --resume)"
+        ) from error
     except ProcessRaisedException as error:
         last = str(error).strip().splitlines()[-1]
         raise RuntimeError(f"process {error.error_index}: {last}") from error
