@@ -48,9 +48,9 @@ def test_every_command_in_the_docs_names_what_exists(root: Path) -> None:
     assert commands(root)
     for command in commands(root):
         words = command.split()
-        assert words[1] in {"train", "evaluate", "leaderboard", "compare", "plot", "list", "show", "check", "demo"}, (
-            command
-        )
+        assert words[1] in {
+            "train", "evaluate", "leaderboard", "compare", "plot", "list", "show", "check", "demo", "sweep", "status",
+        }, command  # fmt: skip
         for word, value in pairwise(words):
             if word in known and not value.startswith("-") and "." not in value and "/" not in value:
                 assert value in known[word], command
