@@ -245,7 +245,9 @@ def _protocol(said: dict[str, Any]) -> None:
 
 
 def _relabelled(said: dict[str, Any]) -> None:
-    said["protocol"] |= {"name": "fatbench-linf", "attacks": {"fgsm": {"start": "uniform", "step_size": "eps"}}}
+    version = protocol.load("fatbench-linf").version
+    otherwise = {"start": "uniform", "step_size": "eps"}
+    said["protocol"] |= {"name": "fatbench-linf", "version": version, "attacks": {"fgsm": otherwise}}
 
 
 # Somebody who knows how the hash is made still has the outcomes and the shelf of protocols against him.

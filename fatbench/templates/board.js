@@ -216,7 +216,8 @@ function nameThem(svg, seen, x, y, y0, width) {
   // Names where they do not cover one another; the table has them all.
   const taken = [];
   for (const row of seen) {
-    const text = named(row);
+    const alike = seen.filter((other) => named(other) === named(row)).length > 1;
+    const text = named(row) + (alike && row.epochs !== undefined ? `, ${row.epochs} epochs` : "");
     const [w, left] = [7 * text.length, x(row.clean) + 9];
     for (const [at, anchor, top] of [[left, "start", y(row[y0]) - 7], [left, "start", y(row[y0]) + 15], [left - 18, "end", y(row[y0]) - 7], [left - 18, "end", y(row[y0]) + 15]]) {
       const box = anchor === "start" ? [at, top - 11, at + w, top + 3] : [at - w, top - 11, at, top + 3];
