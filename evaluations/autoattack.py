@@ -1,125 +1,84 @@
-"""AutoAttack (Croce & Hein, ICML 2020), run by the library pyautoattack."""
+"""AutoAttack (Croce & Hein, ICML 2020), run by the library pyautoattack, stage by stage."""
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fatbench.attacks import crafting
-from fatbench.evaluation import Attacked, Chunk, Evaluation
+from fatbench.autoattack import Watched, built, guarded, looked_at, perturbed, spares, stages
+from fatbench.errors import Refused
+from fatbench.evaluation import Attacked, Chunk, Staged, Work
 
 
 @dataclass(frozen=True)
-class AutoAttack(Evaluation):
+class AutoAttack(Staged):
     """AutoAttack: APGD-CE, targeted APGD, targeted FAB and Square in turn, each on whom the former left standing."""
 
     name: ClassVar[str] = "autoattack"
 
     version: Literal["standard", "plus", "rand"] = "standard"
 
-    def attack(self, model: nn.Module, chunk: Chunk, eps: float) -> Attacked:
-        counted = _Counted(model)
-        with _guarded(model, chunk.x) as warnings:
-            library = self._library(counted, chunk, eps)
-            x_adv, stages = self._cascade(library, counted, chunk)
-        return Attacked(x_adv, counted.forwards, counted.backwards, tuple(dict.fromkeys(warnings)), stages)
+    def stages(self, classes: int) -> tuple[str, ...]:
+        return stages(self.version, classes)
+
+    def bounding(self, classes: int) -> tuple[str, ...]:
+        return tuple(takewhile(lambda stage: stage.startswith("apgd"), self.stages(classes)))
+
+    def stage(self, stage: str, model: nn.Module, chunk: Chunk, eps: float) -> Attacked:
+        while True:
+            try:
+                return self._stage(stage, model, chunk, eps)
+            except torch.OutOfMemoryError:
+                # The batch stays one to the library, whose random numbers hang on it; only the network takes less.
+                at_once = min(chunk.shared.get("piece", len(chunk.x)), len(chunk.x))
+                if at_once == 1:
+                    raise Refused(
+                        "the device's memory does not hold one image's gradient: use another --device"
+                    ) from None
+                chunk.shared["piece"] = at_once // 2
+
+    def _stage(self, stage: str, model: nn.Module, chunk: Chunk, eps: float) -> Attacked:
+        with guarded(model, chunk.x) as warnings:
+            dependable = self._dependable(model, chunk)
+            network = Watched(model, chunk.craft if dependable else None, chunk.shared.get("piece"))
+            library = self._library(network, chunk, eps)
+            if stage == self.stages(chunk.classes)[0]:
+                looked_at(network, self.version, chunk.x, chunk.y)
+            if dependable:
+                spares(library, network)
+            x_adv = perturbed(library, stage, chunk.x, chunk.y)
+        return Attacked(x_adv, network.forwards, network.backwards, tuple(dict.fromkeys(warnings)))
+
+    def _library(self, network: nn.Module, chunk: Chunk, eps: float) -> Any:
+        return built(network, self.version, chunk.classes, eps, chunk.seed, chunk.x.device)
 
     @staticmethod
-    def _cascade(library: Any, model: nn.Module, chunk: Chunk) -> tuple[Tensor, dict[str, int]]:
-        """The library's stages one by one, each on whom the former left standing: the same flags, and who fell to what.
+    @torch.no_grad()
+    def _dependable(model: nn.Module, chunk: Chunk) -> bool:
+        """Whether an example's logits are its own: the same when asked again, and without its neighbours.
 
-        Its own check on Square is thereby not made: it would judge a chunk alone, where one example is too many.
+        Of any other network (random, or normalising over the batch) nothing may be left out.
         """
-        x_adv, stages = chunk.x.clone(), dict.fromkeys(library.attacks_to_run, 0)
-        with torch.no_grad():
-            standing = (model(chunk.x).argmax(dim=1) == chunk.y).nonzero().squeeze(1)
-        for stage in stages:
-            if not len(standing):
-                break
-            library.attacks_to_run = [stage]
-            x, y = chunk.x[standing], chunk.y[standing]
-            found, predicted = library.run_standard_evaluation(x, y, batch_size=len(x))
-            fell = predicted != y
-            x_adv[standing[fell]] = found[fell]
-            stages[stage] = int(fell.sum())
-            standing = standing[~fell]
-        return x_adv, stages
+        if "dependable" not in chunk.shared:
+            few = chunk.x[: -(-len(chunk.x) // 2)]
+            whole, alone = model(chunk.x)[: len(few)], model(few)
+            chunk.shared["dependable"] = bool(
+                torch.allclose(whole, alone, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
+            )
+        return bool(chunk.shared["dependable"])
 
-    def _library(self, model: nn.Module, chunk: Chunk, eps: float) -> Any:
-        import pyautoattack
-
-        device = chunk.x.device
-        # A seed must be given: without one the library takes the clock.
-        made = pyautoattack.AutoAttack(model, device=device, eps=eps, seed=chunk.seed, version=self.version)
-        # With fewer than ten classes the library's nine targets do not exist (it would crash after paying APGD-CE);
-        # the DLR loss needs three classes, its targeted form four.
-        targets = min(9, chunk.classes - 1)
-        made.apgd_targeted.n_target_classes = made.fab.n_target_classes = targets
-        if chunk.classes < 4:
-            instead = {"apgd-t": "apgd-dlr"} if chunk.classes == 3 and "apgd-dlr" not in made.attacks_to_run else {}
-            unusable = {"apgd-t"} if chunk.classes == 3 else {"apgd-t", "apgd-dlr"}
-            wanted = [instead.get(attack, attack) for attack in made.attacks_to_run]
-            made.attacks_to_run = [attack for attack in wanted if attack not in unusable]
-            if instead:
-                made.apgd.n_restarts = 1
-        return made
-
-
-class _Counted(nn.Module):
-    """The network, counting the examples that pass through it forwards and backwards."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.forwards = self.backwards = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.forwards += len(x)
-        logits: Tensor = self.model(x.contiguous())
-        if logits.requires_grad:
-            logits.register_hook(self._count)  # type: ignore[no-untyped-call]
-        return logits
-
-    def _count(self, grad: Tensor) -> None:
-        self.backwards += len(grad)
-
-
-class _Heard(logging.Handler):
-    """Keeps what the library says at WARNING, which is how it reports that it may not be trusted."""
-
-    def __init__(self, heard: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self.heard = heard
-
-    def emit(self, record: logging.LogRecord) -> None:
-        said = record.getMessage().partition(" See flags_doc")[0]
-        if "classes" not in said:  # too few for its defaults: `_library` has seen to that
-            self.heard.append(said)
-
-
-@contextmanager
-def _guarded(model: nn.Module, x: Tensor) -> Iterator[list[str]]:
-    """Undoes what the library leaves behind: torch's random stream, gradients, the tracer, its own counters and log."""
-    from pyautoattack import checks
-
-    warnings: list[str] = []
-    logger, handler, tracer = logging.getLogger("auto-attack"), _Heard(warnings), sys.gettrace()
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
-    devices = [x.device] if x.device.type == "cuda" else []
-    for name in checks.funcs:  # counted over the whole process, and never reset: one dynamic model marks all later ones
-        checks.funcs[name] = 0
-    try:
-        with torch.random.fork_rng(devices=devices), crafting(model):
-            yield warnings
-    finally:
-        sys.settrace(tracer)
-        logger.removeHandler(handler)
-        logger.propagate = propagate
+    def work(self, stage: str, classes: int) -> Work:
+        made = built(nn.Identity(), self.version, classes, 0.1, 0, torch.device("cpu"))
+        apgd, targeted, fab, square = made.apgd, made.apgd_targeted, made.fab, made.square
+        return {
+            "apgd-ce": Work(0, apgd.n_restarts * (apgd.n_iter + 1) * apgd.eot_iter),
+            "apgd-dlr": Work(0, apgd.n_restarts * (apgd.n_iter + 1) * apgd.eot_iter),
+            "apgd-t": Work(0, targeted.n_target_classes * (targeted.n_iter + 1)),
+            "fab": Work(fab.n_restarts * fab.n_iter, fab.n_restarts * fab.n_iter * classes),
+            "fab-t": Work(fab.n_target_classes * fab.n_iter, fab.n_target_classes * fab.n_iter),
+            "square": Work(square.n_queries, 0),
+        }[stage]

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fatbench.attacks import Now, Objective, StopRule, pgd, uniform
-from fatbench.evaluation import Attacked, Chunk, Evaluation
+from fatbench.evaluation import Attacked, Chunk, Evaluation, Work
 from fatbench.quantities import StepSize, step_of
 
 
@@ -29,6 +29,10 @@ class MultiTargeted(Evaluation):
     targets: Annotated[int, Field(ge=0)] = 3  # the likeliest wrong classes of the clean image, each climbed alone
     restarts: Annotated[int, Field(ge=0)] = 48  # more runs, on margin and targets in turn
     nearest: Annotated[float, Field(ge=0, le=1)] = 0.1  # the share of a chunk that each restart is spent on
+
+    def work(self, stage: str, classes: int) -> Work:
+        runs = 1 + min(self.targets, classes - 1) + self.nearest * self.restarts
+        return Work(math.ceil(runs), math.ceil(runs * self.steps))
 
     def attack(self, model: nn.Module, chunk: Chunk, eps: float) -> Attacked:
         hunt = _Hunt(model, chunk, eps, self)

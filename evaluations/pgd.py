@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fatbench.attacks import STARTS, Crafted, Friendly, Objective, cross_entropy, cw_margin, pgd
-from fatbench.evaluation import Attacked, Chunk, Evaluation
+from fatbench.evaluation import Attacked, Chunk, Evaluation, Work
 from fatbench.quantities import NonNegative, StepSize, step_of
 
 
@@ -36,6 +36,9 @@ class Pgd(Evaluation):
         if self.loss == "cross-entropy":
             return cross_entropy
         return cw_margin if self.kappa == 50.0 else Objective(partial(cw_margin.loss, kappa=self.kappa))
+
+    def work(self, stage: str, classes: int) -> Work:
+        return Work(self.restarts - 1, self.restarts * self.steps)
 
     def attack(self, model: nn.Module, chunk: Chunk, eps: float) -> Attacked:
         runs = [self._run(model, chunk, eps, restart) for restart in range(self.restarts)]

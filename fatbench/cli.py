@@ -41,6 +41,29 @@ class Kind(StrEnum):
     datasets = "datasets"
     protocols = "protocols"
     recipes = "recipes"
+    robustbench = "robustbench"
+
+
+class Tier(StrEnum):
+    """How much of a protocol is carried out."""
+
+    quick = "quick"
+    bound = "bound"
+    full = "full"
+
+
+class Precision(StrEnum):
+    """What attacks are made in."""
+
+    float32 = "float32"
+    bf16 = "bf16"
+
+
+class Layout(StrEnum):
+    """What AutoAttack crafts on."""
+
+    swift = "swift"
+    given = "given"
 
 
 def _version(asked: bool) -> None:
@@ -123,7 +146,7 @@ def train(
 
 @app.command()
 def evaluate(
-    ckpt: Annotated[str, typer.Argument(metavar="CKPT", help="A run folder or a checkpoint file.")],
+    ckpt: Annotated[str, typer.Argument(metavar="CKPT", help="A run folder, a checkpoint file, or robustbench:ID.")],
     dataset: DatasetName = None,
     protocol: Annotated[str | None, typer.Option(help="A protocol (list protocols) or a .toml.")] = None,
     attacks: Annotated[str | None, typer.Option(help="fgsm,pgd-20,cw-inf,autoattack under the house protocol.")] = None,
@@ -139,44 +162,75 @@ def evaluate(
         str | None, typer.Option(help="Normalisation of foreign weights, one number a channel, 0.49,0.48,0.45.")
     ] = None,
     std: Annotated[str | None, typer.Option(help="As --mean.")] = None,
+    tier: Annotated[
+        Tier, typer.Option(help="quick: PGD-20 alone; bound: AutoAttack up to APGD-T, an upper bound; full.")
+    ] = Tier.full,
+    attack_precision: Annotated[
+        Precision, typer.Option(help="What attacks are made in; what they find is verified in float32.")
+    ] = Precision.float32,
+    layout: Annotated[
+        Layout, typer.Option(help="swift: AutoAttack crafts on a folded copy; given: on the network as it is.")
+    ] = Layout.swift,
+    checks: Annotated[
+        bool | None, typer.Option("--checks/--no-checks", help="For gradient masking; with autoattack unless given.")
+    ] = None,
+    surrogate: Annotated[str | None, typer.Option(metavar="CKPT", help="Another network to transfer from.")] = None,
+    save_adversarial: Annotated[
+        bool, typer.Option("--save-adversarial", help="Keep the worst example of each image beside the record.")
+    ] = False,
+    external: Annotated[
+        Path | None, typer.Option(metavar="ADV.SAFETENSORS", help="Judge somebody else's examples instead.")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Who made the examples of --external, and how.")] = None,
+    model_dir: Annotated[Path, typer.Option(help="Where RobustBench's models lie.")] = Path("models"),
     device: Device = "auto",
     devices: Annotated[int, typer.Option(help="Processes; only 1 for now.")] = 1,
     out: Out = Path("records"),
 ) -> None:
     """Examine a network under a protocol; writes a record with per-example evidence."""
-    from fatbench import protocol as protocols
-
     _one_process(devices)
-    if protocol and attacks:
-        raise Refused("--protocol and --attacks: give one; a protocol says its attacks itself")
-    said = protocols.load(protocol or protocols.DEFAULT)
-    said = said.only(attacks.split(",")) if attacks else said
-
-    from fatbench import checkpoint, data
     from fatbench import devices as places
-    from fatbench.evaluate import Examination
+    from fatbench.asked import Network, asked
     from fatbench.evaluate import evaluate as examine
 
-    normalisation = _numbers(mean, "--mean"), _numbers(std, "--std")
-    if (normalisation[0] is None) != (normalisation[1] is None):
-        raise Refused("--mean and --std go together")
-    fabric = places.fabric_on(device)
-    loaded = data.load(dataset) if dataset else None
-    size = loaded.shape[1] if loaded else 32
-    subject = checkpoint.load(
-        Path(ckpt), arch=arch, factory=model, mean=normalisation[0], std=normalisation[1], size=size
-    )
-    trained = subject.meta.get("settings") or {}
-    budget = eps or said.eps or trained.get("eps")
-    if loaded is None and not trained:
-        raise Refused(f"{ckpt} does not say what it was trained on: give --dataset")
-    if budget is None:
-        raise Refused(f"{ckpt} does not say its budget: give --eps, such as --eps 8/255")
-    loaded = loaded or data.load(trained["dataset"])
-    task = Examination(subject, loaded, said, _published(budget), n, balanced, seed)
-    record = examine(task, out, device=fabric.device)
+    network = Network(ckpt, arch, model, _numbers(mean, "--mean"), _numbers(std, "--std"), str(model_dir))
+    wanted = asked(
+        network, dataset=dataset, protocol=protocol, attacks=attacks, eps=eps, external=external, source=source,
+        surrogate=surrogate, n=n, checked=checks, tier=tier.value, attack_precision=attack_precision.value,
+        layout=layout.value, balanced=balanced, seed=seed,
+    )  # fmt: skip
+    where = places.fabric_on(device).device
+    record = examine(wanted.task, out, device=where, keep_examples=save_adversarial, source=wanted.source)
     _show_record(record)
     typer.echo(f"record: {out / record.id}.json; next: fatbench leaderboard {out}")
+
+
+@app.command()
+def verify(
+    record: Annotated[Path, typer.Argument(help="A record whose examples were kept (--save-adversarial).")],
+    ckpt: Annotated[str | None, typer.Argument(help="Its network; where the record took it from unless given.")] = None,
+    dataset: DatasetName = None,
+    device: Device = "auto",
+) -> None:
+    """Count a record again: reloads network, data and examples, and recomputes its row."""
+    from fatbench import data, evidence
+    from fatbench import devices as places
+    from fatbench.asked import Network
+    from fatbench.record import read
+
+    said = read(record)
+    origin = said.run.get("source") or {}
+    if not (ckpt or origin) or not (dataset or origin):
+        raise Refused(f"{record} does not say where its network and data lie: give CKPT and --dataset")
+    network = Network(
+        **{**{key: v for key, v in origin.items() if key != "dataset"}, **({"checkpoint": ckpt} if ckpt else {})}
+    )
+    loaded = data.load(dataset or origin["dataset"])
+    found = evidence.verify(said, record, network.load(loaded), loaded, places.fabric_on(device).device)
+    n = said.result.data.n
+    typer.echo(f"clean {found.clean} of {n}, worst case {found.robust} of {n}; {found.differ} differ from the record")
+    if found.differ:
+        raise RunFailed(f"{found.differ} of {n} examples are not what {record} says of them")
 
 
 @app.command()
@@ -309,6 +363,10 @@ def _catalogue(kind: Kind) -> dict[str, Callable[[], str]]:
         return {name: partial(_said, lambda name: protocol.load(name).summary, name) for name in protocol.shelf()}
     if kind is Kind.recipes:
         return {name: partial(_said, lambda name: recipe.load(name).summary, name) for name in recipe.shelf()}
+    if kind is Kind.robustbench:
+        from fatbench import zoo
+
+        return {name: partial(str, boards) for name, boards in zoo.ids().items()}
     known = NETWORKS if kind is Kind.models else {name: info.summary for name, info in DATASETS.items()}
     return {name: partial(str, text) for name, text in known.items()}
 
@@ -383,6 +441,51 @@ def demo(
     typer.echo(f"written: {out / 'index.md'} and {out / 'index.html'}")
 
 
+@app.command()
+def sweep(
+    grid: Annotated[str, typer.Argument(metavar="GRID.toml", help="A grid of runs, or a recipe that sweeps.")],
+    out: Out = Path("sweep"),
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    device: Annotated[str, typer.Option(help="As in train; with commas between, one for each worker.")] = "auto",
+    only_print: Annotated[
+        bool, typer.Option("--print", help="Only list the commands of what is to be done, for a cluster's scheduler.")
+    ] = False,
+) -> None:
+    """Do every run of a grid that is not done yet, and examine it; what failed or was killed is launched again."""
+    from fatbench import sweep as sweeps
+
+    folders = sweeps.prepare(sweeps.expand(grid), out)
+    if only_print:
+        typer.echo(sweeps.printed(folders, device))
+        return
+    try:
+        sweeps.work_through(folders, workers, device.split(","))
+    finally:
+        typer.echo(sweeps.report(folders))
+    if (out / "records").is_dir():
+        leaderboard(out / "records", out / "board")
+
+
+@app.command()
+def status(out: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's folder.")] = Path("sweep")) -> None:
+    """Tell how a sweep stands: what is not launched, running, failed and why, done."""
+    from fatbench import sweep as sweeps
+
+    typer.echo(sweeps.report(sweeps.jobs_in(out)))
+
+
+@app.command()
+def job(
+    folder: Annotated[Path, typer.Argument(help="One of a sweep's jobs/.")],
+    device: Device = "auto",
+) -> None:
+    """Do one run of a sweep: what `sweep --print` lists."""
+    from fatbench.job import carry_out, train_and_examine
+
+    records = folder.resolve().parents[1] / "records"
+    carry_out(folder, partial(train_and_examine, device=device, records=records))
+
+
 # ------------------------------------------------------------------------------------------------ helpers
 
 
@@ -448,11 +551,17 @@ def _show_record(record: Any) -> None:
         typer.echo(f"  {result.network.status}: no number")
     if result.collapsed:
         typer.echo("  collapsed: no better on clean examples than always giving one answer; a table shows it as failed")
+    if result.bound:
+        typer.echo("  an upper bound: the same command with --tier full goes on from here")
     for attack, right in result.correct.items():
         low, high = wilson(right, result.data.n)
         typer.echo(f"  {attack:<12} {100 * right / result.data.n:6.2f} %  [{100 * low:.2f}, {100 * high:.2f}]")
+    for attack, after in result.after.items():
+        typer.echo(f"  {attack}: " + ", ".join(f"{stage} leaves {right}" for stage, right in after.items()))
     for warning in result.warnings:
         typer.echo(f"  warning: {warning}")
+    if result.masking is not None:
+        typer.echo(f"  gradient masking: {', '.join(result.masking) or 'no sign'} ({len(result.doubts)} checks)")
 
 
 def _stop(code: int, text: str) -> NoReturn:

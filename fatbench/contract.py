@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from fatbench.defense import Defense, Measure, Verdict, build, fields_as_stored
 from fatbench.draws import Draws
 from fatbench.errors import Refused, first_line
-from fatbench.evaluate import verified
-from fatbench.evaluation import Chunk, Evaluation
+from fatbench.evaluation import Chunk, Evaluation, verified
 from fatbench.models import DigitsCNN
 from fatbench.quantities import Progress
 from fatbench.registry import defenses, evaluations

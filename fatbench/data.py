@@ -51,8 +51,8 @@ class Data:
         """sha256 of a split's images and labels as they are used, independent of the file they came from."""
         x, y = (self.x_train, self.y_train) if split == "train" else (self.x_test, self.y_test)
         sha = hashlib.sha256(repr((tuple(x.shape), self.classes)).encode())
-        sha.update(x.numpy().data)
-        sha.update(y.numpy().data)
+        sha.update(x.contiguous().numpy().data)
+        sha.update(y.contiguous().numpy().data)
         return sha.hexdigest()
 
     def split(self, share: float) -> tuple[np.ndarray, np.ndarray]:

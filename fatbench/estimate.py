@@ -21,6 +21,7 @@ from fatbench import data
 from fatbench.catalogue import described
 from fatbench.defense import Defense, settings_of
 from fatbench.devices import fabric_on
+from fatbench.folding import folded, held
 from fatbench.quantities import Progress
 from fatbench.recipe import Settings
 from fatbench.team import Team
@@ -217,7 +218,10 @@ class _Holder:
 
 @contextmanager
 def _saving(run: Run) -> Iterator[_Saved]:
-    own = {t.untyped_storage().data_ptr() for t in (*run.net.parameters(), *run.net.buffers(), run.x)}
+    with run.fabric.autocast():
+        folded(run.net)  # made now, it is what the run holds, and no part of a batch
+    tensors = (*run.net.parameters(), *run.net.buffers(), *held(run.net), run.x)
+    own = {t.untyped_storage().data_ptr() for t in tensors}
     saved = _Saved(own)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda holder: holder.tensor):
         yield saved
@@ -228,7 +232,12 @@ def _memory(run: Run, activations: int) -> dict[str, int]:
     weights = sum(t.nbytes for t in (*run.net.parameters(), *run.net.buffers()))
     learning = sum(p.nbytes for p in run.net.parameters() if p.requires_grad)
     parts = {"weights": weights, "gradients": learning, "momentum": learning if run.settings.momentum else 0}
-    parts |= {"average": 0 if run.average is None else weights, "activations": activations, "images": run.x.nbytes}
+    parts |= {
+        "average": 0 if run.average is None else weights,
+        "copy to craft on": sum(t.nbytes for t in held(run.net)),
+        "activations": activations,
+        "images": run.x.nbytes,
+    }
     return {part: size for part, size in parts.items() if size}
 
 

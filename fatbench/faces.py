@@ -99,7 +99,7 @@ def _seeds(row: Row) -> str:
 
 
 def _cell(row: Row, attack: str, intervals: bool) -> str:
-    if row["status"] != "done":
+    if row["status"] not in ("done", "bound"):
         return str(row["status"]) if attack == "clean" else "–"
     if row["source"] != "measured":
         return str(row["printed"].get(attack, "–"))
@@ -107,7 +107,8 @@ def _cell(row: Row, attack: str, intervals: bool) -> str:
         return "–"
     spread = f" ± {row[f'{attack}_spread']:.1f}" if row["seeds"] > 1 else ""
     bounds = f" [{row[f'{attack}_low']:.1f}, {row[f'{attack}_high']:.1f}]" if intervals else ""
-    return f"{row[attack]:.1f}{spread}{bounds}"
+    most = "≤ " if row["status"] == "bound" and attack in ("autoattack", "worst") else ""
+    return f"{most}{row[attack]:.1f}{spread}{bounds}"
 
 
 def _points(name: str, form: str) -> Callable[[Row], str]:

@@ -44,6 +44,12 @@ def folded(model: nn.Module) -> Callable[..., Tensor]:
     return lambda x: copy((x - mean) / std)
 
 
+def held(net: nn.Module) -> list[Tensor]:
+    """The tensors of all copies of a network, which lie in memory beside it."""
+    copies = _COPIES.get(models.inner(net), {}).values()
+    return [tensor for copy in copies for tensor in chain(copy.graph.parameters(), copy.graph.buffers())]
+
+
 def layout(device: torch.device, cast: torch.dtype | None) -> torch.memory_format:
     """How weights had best lie: channels last is what oneDNN computes in. A GPU's float32 was not measured."""
     return torch.channels_last if device.type == "cpu" or cast is not None else torch.preserve_format

@@ -47,7 +47,10 @@ class Settings(BaseModel):
     n_train: int | None = Field(
         default=None, ge=1, description="so many class-balanced training examples; all unless given"
     )
-    validation: float = Field(default=0.1, gt=0, lt=1, description="share of the training examples held for selection")
+    validation: float = Field(
+        default=0.1, ge=0, lt=1,
+        description="share of the training examples held for selection; 0, as the papers train, leaves no `best`",
+    )  # fmt: skip
     augment: Literal["none", "crop", "crop-flip"] = Field(default="none", description="the dataset's unless given")
     precision: Literal["32-true", "bf16-mixed", "64-true"] = Field(
         default="32-true", description="as Lightning names it"
@@ -125,10 +128,19 @@ def load(recipe: str) -> Recipe:
         Refused: no such recipe, a file that is none, or one of the user's under a built-in one's name.
     """
     path = file_of(recipe)
+    return page_of(said_in(path), path)
+
+
+def said_in(path: Path) -> dict[str, Any]:
+    """A recipe file's content, not yet looked at."""
     try:
-        said = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise Refused(f"cannot read the recipe {path}: {first_line(error)}") from None
+
+
+def page_of(said: dict[str, Any], path: Path) -> Recipe:
+    """The recipe that a file's content is; what it takes out of `said` is gone from there."""
     own = {key: said.pop(key) for key in Recipe.model_fields.keys() - {"settings"} if key in said}
     if not isinstance(said.get("fields", {}), dict):
         raise Refused(f"the recipe {path}: fields is a table: write [fields] and the defense's own settings below it")

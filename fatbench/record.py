@@ -2,7 +2,11 @@
 
 `result` is hashed with the protocol: it is the same however often the examination was killed and on however many
 processes it ran. `run` tells when and on what. The parquet holds one row an example: index, label, clean_pred, and for
-each attack `<attack>.pred` and `<attack>.broken`.
+each attack `<attack>.pred` and `<attack>.broken`, and of one in stages `<attack>.stage`, which broke it first (from 1;
+0: it was wrong before; -1: it stands).
+
+Fields that came later have a default, and what a record does not say is not hashed: records of schema 1, which know no
+`<attack>.stage` and none of those fields, stay what they were.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from fatbench.files import digest, read_json, write_atomic, write_json
 from fatbench.protocol import budget_of, told
 from fatbench.quantities import Eps
 
-SCHEMA = 1
+SCHEMA = 2
 Outcomes = pd.DataFrame | dict[str, np.ndarray]  # a column a name, a row an example
 
 
@@ -68,6 +72,13 @@ class Samples(Strict):
     rule: Literal["all", "first", "balanced"] = Field(description="which: all, the first n, or a class-balanced draw")
 
 
+class Doubt(Strict):
+    """One check for gradient masking."""
+
+    fired: bool = Field(description="whether robustness is in doubt")
+    said: str = Field(description="what was seen, one line")
+
+
 class Result(Strict):
     """What was found; hashed."""
 
@@ -84,6 +95,21 @@ class Result(Strict):
     outcomes: str = Field(description="sha256 of the per-example columns")
     collapsed: bool = Field(description="no better on clean examples than always giving one answer; never ranked")
     warnings: tuple[str, ...] = Field(description="reasons for doubt, one line each")
+    after: dict[str, dict[str, int]] = Field(
+        default_factory=dict, description="examples still right after each stage of an attack"
+    )
+    bound: bool = Field(
+        default=False, description="an upper bound: a part of the protocol was left out; never ranked as final"
+    )
+    checked: bool = Field(default=False, description="whether the network was looked at for gradient masking")
+    doubts: dict[str, Doubt] = Field(default_factory=dict, description="the checks for gradient masking, by name")
+    masking: tuple[str, ...] | None = Field(
+        default=None, description="the verdict: the checks that fired; null where none was made"
+    )
+    surrogate: str | None = Field(default=None, description="sha256 of the network that attacks were transferred from")
+    attack_precision: Literal["float32", "bf16"] = Field(
+        default="float32", description="what attacks were made in; what they found counts in float32 alone"
+    )
 
     @model_validator(mode="after")
     def _adds_up(self) -> Result:
@@ -92,6 +118,8 @@ class Result(Strict):
                 raise ValueError(f"{name}: {right} of {self.data.n} right is not {self.accuracies.get(name)}")
         if self.correct.keys() != self.accuracies.keys():
             raise ValueError("accuracies and counts name different attacks")
+        if self.doubts and set(self.masking or ()) != {name for name, doubt in self.doubts.items() if doubt.fired}:
+            raise ValueError("the verdict on masking is not what its checks say")
         return self
 
 
@@ -110,7 +138,7 @@ class Training(BaseModel):
 class Record(Strict):
     """One examination."""
 
-    schema_: Literal[1] = Field(alias="schema")
+    schema_: Literal[1, 2] = Field(alias="schema")
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     protocol: Examined
     result: Result
@@ -131,8 +159,12 @@ class Record(Strict):
 
     def sealed(self) -> str:
         """The hash that this record must carry."""
-        said = self.model_dump(mode="json", by_alias=True)
+        said = self.said()
         return digest({key: said[key] for key in ("schema", "id", "protocol", "result")})
+
+    def said(self) -> dict[str, Any]:
+        """Its JSON: what it says itself, without the defaults of what it does not."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
 def outcomes_hash(table: Outcomes) -> str:
@@ -153,7 +185,7 @@ def write(folder: Path, said: dict[str, Any], outcomes: pd.DataFrame | None) -> 
         write_atomic(
             folder / f"{record.id}.parquet", lambda path: outcomes.to_parquet(path, index=False, compression="zstd")
         )
-    write_json(folder / f"{record.id}.json", record.model_dump(mode="json", by_alias=True))
+    write_json(folder / f"{record.id}.json", record.said())
     return record
 
 
@@ -196,9 +228,11 @@ def _columns(path: Path) -> dict[str, np.ndarray]:
 
 
 def _agree(record: Record, path: Path) -> None:
-    table = _columns(path)
+    table, stages = _columns(path), record.result.stages if record.schema_ > 1 else {}
     expected = dict.fromkeys(("index", "label", "clean_pred"), "i")
-    expected |= {f"{a}.{what}": kind for a in record.attacks for what, kind in (("pred", "i"), ("broken", "b"))}
+    for attack in record.attacks:
+        expected |= {f"{attack}.pred": "i", f"{attack}.broken": "b"}
+        expected |= {f"{attack}.stage": "i"} if attack in stages else {}
     kinds = {name: values.dtype.kind for name, values in table.items()}
     if list(table) != list(expected) or kinds != expected or len(table["index"]) != record.result.data.n:
         rows = len(next(iter(table.values()), ()))
@@ -207,6 +241,10 @@ def _agree(record: Record, path: Path) -> None:
         raise Refused(f"{path} is not what its record was made from: examine the network again")
     if count(table, record.attacks) != record.result.correct:
         raise Refused(f"{path}: its outcomes do not add up to the record's accuracies")
+    for attack in stages.keys() & set(record.attacks):
+        broke = stages[attack]
+        if [int((table[f"{attack}.stage"] == k).sum()) for k in range(1, len(broke) + 1)] != list(broke.values()):
+            raise Refused(f"{path}: its outcomes do not add up to the record's stages of {attack}")
 
 
 def count(table: Outcomes, attacks: list[str]) -> dict[str, int]:

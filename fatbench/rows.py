@@ -72,6 +72,7 @@ def _line(record: Record, several: bool) -> dict[str, Any]:
         },
         "examined": record.attacks,
         "warnings": result.warnings,
+        "masking": result.masking,
         "training": record.training,
     }
 
@@ -81,7 +82,9 @@ def _status(record: Record) -> str:
     network = record.result.network
     if network.status == "unfinished":
         return f"unfinished ({network.epoch}/{network.epochs})"
-    return "failed: collapsed to one answer" if record.result.collapsed else network.status
+    if record.result.collapsed:
+        return "failed: collapsed to one answer"
+    return "bound" if record.result.bound and network.status == "done" else network.status
 
 
 def in_order(attacks: Iterable[str]) -> list[str]:
@@ -142,15 +145,18 @@ def _setting(name: str, value: object) -> str:
 
 
 def _row(group: list[Line], attacks: list[str]) -> dict[str, Any]:
-    group = [same[0] for same in grouped(group, "fingerprint")]  # one network examined twice is one seed
-    first, good = group[0], [line for line in group if line["status"] == "done"]
+    # One network examined twice is one seed; what was examined whole says more than a bound on it.
+    whole_first = sorted(group, key=lambda line: line["status"] == "bound")
+    group = [same[0] for same in grouped(whole_first, "fingerprint")]
+    first, done = group[0], [line for line in group if line["status"] == "done"]
+    good = done or [line for line in group if line["status"] == "bound"]
     row: dict[str, Any] = {"source": "measured", "reference": "", "data": first["dataset"]}
     copied = (*GROUP, "defense", "said", "arch", "eps", "eps_train", "epochs", "selection", "n", "training_of")
     row |= {key: first[key] for key in copied}
     # A seed that failed, or was examined before it was finished, and has no finished run beside it.
     finished = {line["seed"] for line in good}
     failed = [line for line in group if line["status"] != "done" and line["seed"] not in finished]
-    status = "done" if good else "; ".join(dict.fromkeys(line["status"] for line in group))
+    status = "; ".join(dict.fromkeys(line["status"] for line in good or group))
     row |= {"seeds": len(good), "failed": len(failed), "status": status}
     correct = [line["correct"] for line in good]
     row["complete"] = all(set(attacks) <= set(counts) for counts in correct)
@@ -180,12 +186,23 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def _masking(good: list[Line]) -> str:
-    """What AutoAttack's checks, and its black-box attack after the white-box ones, say of masked gradients."""
-    tested = [line["warnings"] for line in good if "autoattack" in line["examined"]]
-    doubtful = sum(any(warning.startswith("autoattack") for warning in warnings) for warnings in tested)
+    """The verdict on masked gradients: the names of the checks that fired, or what AutoAttack's own say."""
+    tested = [
+        list(line["masking"] if line["masking"] is not None else _library_doubts(line["warnings"]))
+        for line in good
+        if line["masking"] is not None or "autoattack" in line["examined"]
+    ]
     if not tested:
         return ""
-    return "no sign" if not doubtful else "suspected" if len(tested) == 1 else f"suspected, {doubtful} of {len(tested)}"
+    doubtful = sum(map(bool, tested))
+    names = ", ".join(dict.fromkeys(name for fired in tested for name in fired if name))
+    verdict = "suspected" + (f" ({names})" if names else "")
+    return "no sign" if not doubtful else verdict if len(tested) == 1 else f"{verdict}, {doubtful} of {len(tested)}"
+
+
+def _library_doubts(warnings: Iterable[str]) -> list[str]:
+    """The verdict of a record that made no checks: AutoAttack's own warnings, which have no names."""
+    return [""] if any(warning.startswith("autoattack") for warning in warnings) else []
 
 
 def _effort(good: list[Line]) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def _segments(values: Sequence[float]) -> str:
 def _record(name: str) -> str:
     from fatbench.record import read
 
-    return json.dumps(read(Path(name)).model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False)
+    return json.dumps(read(Path(name)).said(), indent=1, ensure_ascii=False)
 
 
 def _checkpoint(name: str) -> str:

@@ -109,8 +109,8 @@ class Student(nn.Module):
         self.net, self.defense = net, defense
 
     def training_step(self, x: Tensor, x_adv: Tensor, y: Tensor, progress: Progress, weight: float) -> Tensor:
-        # Weighed here, in the network's own precision: what leaves the wrapper is float32.
-        return self.defense.loss(self.net, x, x_adv, y, progress) * weight
+        loss = self.defense.loss(self.net, x, x_adv, y, progress)
+        return loss if weight == 1 else loss * weight  # here, in the network's precision: float32 leaves the wrapper
 
 
 class Run:
@@ -149,8 +149,10 @@ class Run:
         dtype = torch.float64 if settings.precision == "64-true" else torch.float32
         self.x, self.y = loaded.x_train.to(self.device, dtype), loaded.y_train.to(self.device)
         self.rows, self.held = loaded.split(settings.validation)
-        if not len(self.rows) or not len(self.held):
+        if not len(self.rows) or (settings.validation and not len(self.held)):
             raise Refused(f"{len(loaded.y_train)} training examples leave none for training or for validation")
+        if not settings.validation and type(self.defense).after_epoch is not Defense.after_epoch:
+            raise Refused(f"{settings.defense} decides by accuracy on validation: --set validation=0.02, say")
         self.epoch = 0
         self.best: list[float] | None = None
         self.remembered: dict[str, Any] | None = None
@@ -173,7 +175,8 @@ class Run:
                 bar.advance(_brief(self.one_epoch()))
         with self.team.together():
             if self.team.first:
-                checkpoint.relabel(self.out / "best.safetensors", status="done")
+                if self.best is not None:
+                    checkpoint.relabel(self.out / "best.safetensors", status="done")
                 write_json(self.out / "done", {"status": "done", "epochs": self.settings.epochs})
 
     def one_epoch(self) -> dict[str, Any]:
@@ -188,7 +191,7 @@ class Run:
         after = Progress(self.epoch + 1, self.settings.epochs)
         key = ("validation", self.settings.seed, self.epoch)
         measure = Yardstick(self.team, self.subject, self.x, self.y, self.held, key, figures["train_accuracy"])
-        natural, robust = measure(), measure(self.selecting)
+        natural, robust = (measure(), measure(self.selecting)) if len(self.held) else (None, None)
         metrics = {
             "epoch": after.done, **figures, "val_natural": natural, f"val_{SELECTION}": robust,
             "tau": value_at(self.defense.tau, before) if hasattr(self.defense, "tau") else None,
@@ -199,7 +202,7 @@ class Run:
         self.obey(verdict)
         metrics["seconds"] = round(time.perf_counter() - began, 3)
         self.epoch += 1
-        self.save(metrics, [robust, natural])
+        self.save(metrics, None if robust is None or natural is None else [robust, natural])
         return metrics
 
     def learn(self, progress: Progress) -> Tally:
@@ -269,10 +272,10 @@ class Run:
 
     # -------------------------------------------------------------------------------------------- what is kept
 
-    def save(self, metrics: dict[str, Any], score: list[float]) -> None:
+    def save(self, metrics: dict[str, Any], score: list[float] | None) -> None:
         """Metrics, checkpoints, and last the state to resume from: a kill before it repeats the epoch, bit for bit."""
-        best = self.best is None or score > self.best[:2]
-        if best:
+        best = score is not None and (self.best is None or score > self.best[:2])
+        if best and score is not None:
             self.best = [*score, float(self.epoch)]
         with self.team.together():
             if self.team.first:
@@ -336,8 +339,6 @@ def _torch_save(state: dict[str, Any], path: Path) -> None:
 
 
 def _brief(metrics: dict[str, Any]) -> str:
-    robust = metrics[f"val_{SELECTION}"]
-    return (
-        f"loss {metrics['loss']:.3f}, validation {100 * metrics['val_natural']:.1f} natural {100 * robust:.1f} robust, "
-        f"{metrics['steps_per_example']:.1f} steps an example"
-    )
+    natural, robust = metrics["val_natural"], metrics[f"val_{SELECTION}"]
+    validated = "" if natural is None else f"validation {100 * natural:.1f} natural {100 * robust:.1f} robust, "
+    return f"loss {metrics['loss']:.3f}, {validated}{metrics['steps_per_example']:.1f} steps an example"

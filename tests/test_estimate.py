@@ -12,16 +12,18 @@ from torch import nn
 
 from fatbench import data, estimate, models
 from fatbench.data import take
+from fatbench.devices import fabric_on
 from fatbench.errors import Refused
 from fatbench.estimate import _pinned, _rehearsed, _Saved, _saving, _stand_in, _steps_an_example, _update
 from fatbench.recipe import contestant, resolve
 from fatbench.registry import defenses
-from fatbench.trainer import Run, fabric_on
+from fatbench.team import Team
+from fatbench.trainer import Run
 
 
 def begun(name: str, **options: Any) -> Run:
     settings = resolve(name, n_train=200, **options)
-    return Run(settings, Path(), take(_stand_in("digits"), 200), fabric_on("cpu"))
+    return Run(settings, Path(), take(_stand_in("digits"), 200), Team(fabric_on("cpu")))
 
 
 def test_parameters_examples_and_updates_are_the_run_s_own() -> None:
@@ -30,7 +32,7 @@ def test_parameters_examples_and_updates_are_the_run_s_own() -> None:
         net = models.build("wrn-40-4", channels=1)
     assert found.parameters == sum(p.numel() for p in net.parameters())
     assert found.parameters - found.used == 9_366_394 - 8_949_210  # sub_block1, which no forward uses
-    run = Run(resolve("fat"), Path(), data.load("digits"), fabric_on("cpu"))
+    run = Run(resolve("fat"), Path(), data.load("digits"), Team(fabric_on("cpu")))
     assert (found.examples, found.held) == (len(run.rows), len(run.held))
     run.settings = run.settings.model_copy(update={"batch_size": 100})
     assert found.updates == len(list(run.batches(0)))
@@ -130,7 +132,7 @@ def test_activations_of_a_batch_are_those_of_a_few_examples_scaled(name: str) ->
 
 def test_memory_names_its_parts() -> None:
     found = estimate.estimate(resolve("fat", sets=["momentum=0"]), device="cpu").memory
-    assert set(found) == {"weights", "gradients", "activations", "images"}
+    assert set(found) == {"weights", "gradients", "copy to craft on", "activations", "images"}
     assert found["images"] == 1437 * 64 * 4
     assert found["gradients"] == 4 * 7898 <= found["weights"]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -17,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fatbench import checkpoint, data, files, record
+from fatbench import checkpoint, data, examination, examine, files, findings, record
 from fatbench import evaluate as harness
+from fatbench import ledger as ledgers
 from fatbench.catalogue import Dataset
 from fatbench.checkpoint import Subject
 from fatbench.errors import Refused
-from fatbench.evaluate import Examination, evaluate, verified
-from fatbench.evaluation import Attacked, Chunk, Evaluation, examiner
+from fatbench.evaluate import Examination, evaluate
+from fatbench.evaluation import Attacked, Chunk, Evaluation, Staged, examiner, verified
 from fatbench.models import DigitsCNN
 from fatbench.protocol import Protocol
 from fatbench.record import Record
@@ -34,7 +33,6 @@ QUICK = Protocol(
     name="quick", version=1, summary="cheap", source="these tests", attacks=("fgsm", "pgd-3", "pgd-10", "cw-inf"),
     families={"cw-inf": {"steps": 4}},
 )  # fmt: skip
-AutoAttack: Any = evaluations["autoattack"]
 
 
 # ------------------------------------------------------------------------------------------------ small worlds
@@ -97,18 +95,31 @@ def grey(values: list[float], y: list[int], classes: int = 2) -> data.Data:
     return data.Data(Dataset("grey", "one grey value an image"), x, labels, x, labels, classes)
 
 
-def scripted(attack: Callable[[nn.Module, Chunk, float], Attacked]) -> Evaluation:
-    """An examiner that does what a test says."""
+Attack = Callable[[nn.Module, Chunk, float], Attacked]
+
+
+def scripted(attack: Attack | dict[str, Attack]) -> Evaluation:
+    """An examiner that does what a test says, in stages where it says several."""
+    if isinstance(attack, dict):
+        steps = {
+            "stages": lambda self, classes: tuple(attack),
+            "stage": lambda self, name, *given: attack[name](*given),
+        }
+        return type("Scripted", (Staged,), {"name": "scripted", **steps})()
     members = {"name": "scripted", "attack": lambda self, *given: attack(*given)}
     return type("Scripted", (Evaluation,), members)()
+
+
+def up(by: float) -> Attack:
+    return lambda model, chunk, eps: Attacked((chunk.x + by).clamp(0, 1), 0, 0)
 
 
 @pytest.fixture
 def asking(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Protocol]:
     """A protocol of scripted attacks: asking(flip=function)."""
 
-    def make(**attacks: Callable[[nn.Module, Chunk, float], Attacked]) -> Protocol:
-        monkeypatch.setattr(harness, "examiner", lambda name, settings: scripted(attacks[name]))
+    def make(**attacks: Attack | dict[str, Attack]) -> Protocol:
+        monkeypatch.setattr(examination, "examiner", lambda name, settings: scripted(attacks[name]))
         return QUICK.only(list(attacks))
 
     return make
@@ -216,7 +227,7 @@ def dying(number: int, how: str) -> Callable[[Path, Any], None]:
 
 def cut_short(task: Examination, out: Path, number: int, how: str = "before") -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Refused if how == "full" else Killed):
-        patch.setattr(harness, "append_line", dying(number, how))
+        patch.setattr(ledgers, "append_line", dying(number, how))
         evaluate(task, out)
     assert not list(out.glob("*.json"))
     assert len(list(out.glob("*.partial.jsonl"))) == 1
@@ -271,14 +282,14 @@ def test_what_is_done_is_not_done_again(task: Examination, tmp_path: Path, monke
     cut_short(task, tmp_path, 12)
     asked = []
 
-    def watched(model: nn.Module, chunk: Chunk, *, examiner: Any, eps: float) -> dict[str, Any]:
-        asked.append((int(chunk.indices[0]), examiner.name, examiner.steps))
-        return attacked(model, chunk, examiner=examiner, eps=eps)
+    def watched(self: Any, step: ledgers.Step, chunk: Chunk) -> Any:
+        asked.append((int(chunk.indices[0]), step.attack))
+        return attacked(self, step, chunk)
 
-    attacked = harness._attacked
-    monkeypatch.setattr(harness, "_attacked", watched)
+    attacked = examine._Bench.attacked
+    monkeypatch.setattr(examine._Bench, "attacked", watched)
     evaluate(task, tmp_path)
-    assert asked == [(16, "pgd", 3), (16, "pgd", 10), (16, "cw-inf", 4)]
+    assert asked == [(16, "pgd-3"), (16, "pgd-10"), (16, "cw-inf")]
 
 
 def test_a_line_cut_within_a_letter_is_left_out(asking: Callable[..., Protocol], tmp_path: Path) -> None:
@@ -314,7 +325,7 @@ def test_another_examinations_ledger_is_refused_and_kept(task: Examination, tmp_
 def test_a_finished_record_is_left_as_it_is(task: Examination, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = evaluate(task, tmp_path)
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
-    monkeypatch.setattr(harness, "_attacked", lambda *_: pytest.fail("examined again"))
+    monkeypatch.setattr(harness, "examine", lambda *_: pytest.fail("examined again"))
     assert evaluate(task, tmp_path) == done
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == before
 
@@ -506,7 +517,7 @@ def test_an_unfinished_network_is_examined_and_says_so(task: Examination, net: n
 def test_a_failed_network_gets_no_number(
     task: Examination, net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness, "_attacked", lambda *_: pytest.fail("examined"))
+    monkeypatch.setattr(harness, "examine", lambda *_: pytest.fail("examined"))
     failed = replace(task, subject=subject(net, status="failed: the loss was not finite at epoch 1, batch 2"))
     done = evaluate(failed, tmp_path)
     assert done.result.network.status == "failed: the loss was not finite at epoch 1, batch 2"
@@ -531,7 +542,7 @@ def test_a_failed_network_gets_no_number(
 def test_a_network_that_is_no_better_than_one_answer_has_collapsed(
     predictions: list[int], labels: list[int], collapsed: bool
 ) -> None:
-    assert harness.collapsed(pd.DataFrame({"clean_pred": predictions, "label": labels})) is collapsed
+    assert findings.collapsed(pd.DataFrame({"clean_pred": predictions, "label": labels})) is collapsed
 
 
 def test_the_record_says_whether_the_network_has_collapsed(asking: Callable[..., Protocol], tmp_path: Path) -> None:
@@ -651,21 +662,27 @@ def test_an_attack_that_breaks_the_rules_is_named_and_not_counted(
 
 def test_stages_add_up_over_chunks(asking: Callable[..., Protocol], tmp_path: Path) -> None:
     protocol = asking(
-        staged=lambda model, chunk, eps: Attacked(chunk.x, 0, 0, (), {"one": len(chunk.x), "two": 1}),
+        staged={"one": up(0.1), "two": up(0.3)},
         plain=lambda model, chunk, eps: Attacked(chunk.x, 0, 0),
     )
-    done = evaluate(
-        Examination(subject(Threshold()), grey([0.2] * 5, [0, 1] * 2 + [0]), protocol, "0.1", chunk=2), tmp_path
-    )
-    assert done.result.stages == {"staged": {"one": 5, "two": 3}}
+    world = grey([0.45, 0.3, 0.1, 0.7, 0.42], [0, 0, 0, 0, 0])
+    done = evaluate(Examination(subject(Threshold()), world, protocol, "0.3", chunk=2), tmp_path)
+    assert done.result.stages == {"staged": {"one": 2, "two": 1}}
+    assert done.result.after == {"staged": {"one": 2, "two": 1}}
+    assert done.result.correct == {"clean": 4, "staged": 1, "plain": 4, "worst": 1}
+    table = outcomes(tmp_path, done)
+    assert table["staged.stage"].tolist() == [1, 2, -1, 0, 1]
+    assert table["staged.pred"].tolist() == [1, 1, 0, 1, 1]
+    assert table["staged.broken"].tolist() == [True, True, False, True, True]
+    assert done.run["attacks"]["staged"]["stages"]["two"]["forwards"] == 2  # the harness's own, of those still standing
 
 
 @pytest.mark.parametrize(("n", "square", "doubted"), [(99, 1, False), (99, 2, True), (1500, 3, False), (1499, 3, True)])
 def test_breaking_what_gradients_left_is_doubted(
     n: int, square: int, doubted: bool, asking: Callable[..., Protocol], tmp_path: Path
 ) -> None:
-    protocol = asking(aa=lambda model, chunk, eps: Attacked(chunk.x, 0, 0, (), {"apgd-ce": 9, "square": square}))
-    world = grey([0.2, 0.8] * (n // 2) + [0.2] * (n % 2), [0, 1] * (n // 2) + [0] * (n % 2))
+    protocol = asking(aa={"apgd-ce": up(0.01), "square": up(0.1)})
+    world = grey([0.495] * 9 + [0.45] * square + [0.2] * (n - 9 - square), [0] * n)
     done = evaluate(Examination(subject(Threshold()), world, protocol, "0.1", chunk=5000), tmp_path)
     why = f"aa: Square broke {square} of {n} that white-box attacks left: gradients may be masked"
     assert done.result.warnings == ((why,) if doubted else ())
@@ -735,7 +752,7 @@ def test_whoever_examines_them_the_same_examples_get_the_same_attack(
             seen.setdefault(where, []).append(moved - image)
         return verified(model, x, x_adv, y, eps)
 
-    monkeypatch.setattr(harness, "verified", watched)
+    monkeypatch.setattr(examine, "verified", watched)
     still = QUICK.only(["pgd-1"]).model_copy(update={"families": {"pgd": {"step_size": "0"}}})
     for options in ({"n": 20, "chunk": 8}, {"n": 9, "chunk": 2}, {"n": 11, "balanced": True}):
         evaluate(replace(task, protocol=still, **{"balanced": False, **options}), tmp_path)
@@ -811,226 +828,7 @@ def test_cw_climbs_the_margin_and_kappa_holds_it_back(net: nn.Module, dataset: d
     assert torch.equal(still, wrong)
 
 
-# ------------------------------------------------------------------------------------------------ AutoAttack
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AutoAttack with a budget of moments."""
-    library = AutoAttack._library
-
-    def cheap(self: Any, model: nn.Module, chunk: Chunk, eps: float) -> Any:
-        made = library(self, model, chunk, eps)
-        made.apgd.n_iter = made.apgd_targeted.n_iter = made.fab.n_iter = 5
-        made.square.n_queries = 20
-        return made
-
-    monkeypatch.setattr(AutoAttack, "_library", cheap)
-
-
-STANDARD, PLUS = ["apgd-ce", "apgd-t", "fab-t", "square"], ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
-
-
-@pytest.mark.parametrize(
-    ("version", "classes", "attacks", "targets", "restarts"),
-    [
-        ("standard", 10, STANDARD, 9, 1),
-        ("standard", 100, STANDARD, 9, 1),
-        ("standard", 4, STANDARD, 3, 1),
-        ("standard", 3, ["apgd-ce", "apgd-dlr", "fab-t", "square"], 2, 1),
-        ("standard", 2, ["apgd-ce", "fab-t", "square"], 1, 1),
-        ("plus", 10, PLUS, 9, 5),
-        ("plus", 3, ["apgd-ce", "apgd-dlr", "fab", "square", "fab-t"], 2, 5),
-        ("plus", 2, ["apgd-ce", "fab", "square", "fab-t"], 1, 5),
-        ("rand", 10, ["apgd-ce", "apgd-dlr"], 9, 1),
-        ("rand", 3, ["apgd-ce", "apgd-dlr"], 2, 1),
-        ("rand", 2, ["apgd-ce"], 1, 1),
-    ],
-)
-def test_autoattack_asks_for_no_more_classes_than_there_are(
-    version: Any, classes: int, attacks: list[str], targets: int, restarts: int
-) -> None:
-    chunk = Chunk(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), np.arange(2), classes, seed=7)
-    made = AutoAttack(version=version)._library(DigitsCNN(classes, 1, 8), chunk, 0.1)
-    assert made.attacks_to_run == attacks
-    assert made.apgd_targeted.n_target_classes == made.fab.n_target_classes == targets
-    assert made.apgd.n_restarts == restarts
-    assert (made.norm, made.epsilon, made.seed, made.square.n_queries) == ("Linf", 0.1, 7, 5000)
-
-
-@pytest.mark.parametrize("classes", [2, 3, 4])
-def test_autoattack_runs_with_few_classes(
-    classes: int, npz: Callable[..., Path], tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    few = data.load(str(npz(classes=classes, n=24)))
-    task = Examination(subject(trained(few)), few, QUICK.only(["fgsm", "autoattack"]), "0.15", chunk=5)
-    done = evaluate(task, tmp_path)
-    assert 0 < done.result.correct["autoattack"] <= done.result.correct["clean"]
-    assert done.result.correct["autoattack"] == done.result.correct["worst"]
-    assert done.run["attacks"]["autoattack"]["forwards"] > done.run["attacks"]["autoattack"]["backwards"] > 0
-    stages = done.result.stages["autoattack"]
-    assert list(stages) == AutoAttack()._library(DigitsCNN(classes, 1, 8), whole(few), 0.1).attacks_to_run
-    assert sum(stages.values()) == done.result.correct["clean"] - done.result.correct["autoattack"]
-    table = outcomes(tmp_path, done)
-    assert table.loc[table["clean_pred"] != table["label"], "autoattack.broken"].all()
-
-
-def test_every_stage_goes_on_with_whom_the_former_left_standing(
-    net: nn.Module, dataset: data.Data, small: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import pyautoattack
-
-    run, asked = pyautoattack.AutoAttack.run_standard_evaluation, []
-
-    def watched(self: Any, x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        asked.append((self.attacks_to_run, len(x)))
-        return run(self, x, y, **options)
-
-    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", watched)
-    net.requires_grad_(False)
-    right = net(dataset.x_test).argmax(dim=1) == dataset.y_test
-    attacked = AutoAttack().attack(net, whole(dataset), 0.18)
-    left = int(right.sum())
-    for (stage, size), (name, fell) in zip(asked, attacked.stages.items(), strict=True):
-        assert (stage, size) == ([name], left)
-        left -= fell
-    assert 0 < left < right.sum()
-    broken = verified(net, dataset.x_test, attacked.x_adv, dataset.y_test, 0.18)[1]
-    assert (broken & right).sum() == right.sum() - left
-
-
-@pytest.mark.parametrize("kept", [1, 2])
-def test_autoattack_takes_a_batch_of_one(kept: int, net: nn.Module, dataset: data.Data, small: None) -> None:
-    net.requires_grad_(False)
-    right = (net(dataset.x_test).argmax(dim=1) == dataset.y_test).nonzero()[:kept, 0].numpy()
-    chunk = Chunk(dataset.x_test[right], dataset.y_test[right], right, 3, seed=0)
-    attacked = AutoAttack().attack(net, chunk, 0.5)
-    _, broken, invalid = verified(net, chunk.x, attacked.x_adv, chunk.y, 0.5)
-    assert (broken.all().item(), invalid) == (True, 0)
-
-
-def test_autoattack_leaves_those_alone_who_are_wrong_already(net: nn.Module, dataset: data.Data, small: None) -> None:
-    wrong = (net(dataset.x_test).argmax(dim=1) + 1) % 3
-    attacked = AutoAttack().attack(net, replace(whole(dataset), y=wrong), 0.1)
-    assert torch.equal(attacked.x_adv, dataset.x_test)
-    assert attacked.backwards == 0
-
-
-def test_autoattack_leaves_no_trace(net: nn.Module, dataset: data.Data, small: None) -> None:
-    from pyautoattack import checks
-
-    logger = logging.getLogger("auto-attack")
-    chunk = whole(dataset, slice(6))
-    before = chunk.x.clone(), chunk.y.clone(), torch.get_rng_state(), list(logger.handlers), logger.propagate
-    mine, tracer = lambda *_: None, sys.gettrace()
-    checks.funcs["grad"] = 3
-    try:
-        sys.settrace(mine)
-        AutoAttack().attack(net, chunk, 0.1)
-        after = sys.gettrace()
-    finally:
-        sys.settrace(tracer)
-    assert after is mine
-    assert set(checks.funcs.values()) == {0}
-    assert torch.equal(chunk.x, before[0])
-    assert torch.equal(chunk.y, before[1])
-    assert torch.equal(torch.get_rng_state(), before[2])
-    assert (logger.handlers, logger.propagate) == before[3:]
-    assert all(p.grad is None and p.requires_grad for p in net.parameters())
-
-
-def test_autoattack_puts_everything_back_when_it_is_interrupted(
-    net: nn.Module, dataset: data.Data, small: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pyautoattack.square import SquareAttack
-
-    def interrupted(*_: Any) -> None:
-        torch.rand(3)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(SquareAttack, "perturb", interrupted)
-    mine, tracer, stream = lambda *_: None, sys.gettrace(), torch.get_rng_state()
-    try:
-        sys.settrace(mine)
-        with pytest.raises(KeyboardInterrupt):
-            AutoAttack().attack(net, whole(dataset, slice(6)), 0.001)
-        after = sys.gettrace()
-    finally:
-        sys.settrace(tracer)
-    assert after is mine
-    assert torch.equal(torch.get_rng_state(), stream)
-    assert not [h for h in logging.getLogger("auto-attack").handlers if type(h).__name__ == "_Heard"]
-    assert all(p.requires_grad for p in net.parameters())
-
-
-class Probabilities(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).softmax(dim=1)
-
-
-class Dynamic(nn.Sequential):
-    """A network that takes gradients on its way, as far as the library can see."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.grad()
-        return super().forward(x)
-
-    def grad(self) -> None:
-        pass
-
-
-def test_what_autoattack_doubts_goes_into_the_record(
-    net: nn.Module, dataset: data.Data, tmp_path: Path, small: None, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def warnings(network: nn.Module) -> str:
-        autoattack = QUICK.only(["autoattack"])
-        task = Examination(subject(network.eval()), dataset, autoattack, "0.15", n=6, chunk=3)
-        said = evaluate(task, tmp_path / type(network).__name__).result.warnings
-        assert len(set(said)) == len(said)
-        assert all(warning.startswith("autoattack: ") for warning in said)
-        return "; ".join(said)
-
-    assert "dynamic" not in warnings(net)
-    assert "it seems that the output is a probability distribution" in warnings(Probabilities(net))
-    assert "it seems to be a dynamic defense" in warnings(Dynamic(net))
-    assert "dynamic" not in warnings(nn.ModuleList([net])[0])  # what it saw before is forgotten
-    assert "it seems" not in "".join(capfd.readouterr())
-
-
-def test_autoattack_repeats_itself_whatever_went_before(net: nn.Module, dataset: data.Data, small: None) -> None:
-    net.requires_grad_(False)
-    runs = []
-    for seed in (0, 0, 1):
-        torch.rand(5)
-        runs.append(AutoAttack().attack(net, whole(dataset, slice(10), seed), 0.15).x_adv)
-    assert torch.equal(runs[0], runs[1])
-    assert not torch.equal(runs[0], runs[2])
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
-def test_autoattack_takes_any_integer_labels(
-    dtype: Any, net: nn.Module, npz: Callable[..., Path], tmp_path: Path, small: None
-) -> None:
-    labels = {f"y_{split}": (np.arange(n) % 3).astype(dtype) for split, n in (("train", 60), ("test", 30))}
-    loaded = data.load(str(npz(**labels)))
-    done = evaluate(Examination(subject(net), loaded, QUICK.only(["autoattack"]), "0.15", n=5), tmp_path)
-    assert done.result.data.n == 5
-
-
-def test_autoattack_examines_a_float64_network(net: nn.Module, dataset: data.Data, tmp_path: Path, small: None) -> None:
-    found = []
-    for dtype in (torch.float32, torch.float64):
-        task = Examination(subject(deepcopy(net).to(dtype)), dataset, QUICK.only(["autoattack"]), "0.15", n=10)
-        found.append(evaluate(task, tmp_path).result.correct)
-    assert found[0] == found[1]
-
-
-def test_autoattack_resumed_gives_the_same_result(task: Examination, tmp_path: Path, small: None) -> None:
-    task = replace(task, n=9, chunk=4, protocol=QUICK.only(["pgd-3", "autoattack"]))
-    whole = evaluate(task, tmp_path / "whole")
-    for number in (1, 5, 8):
-        cut_short(task, tmp_path / f"{number}", number)
-        assert evaluate(task, tmp_path / f"{number}").hash == whole.hash
+# ------------------------------------------------------------------------------------------------ places
 
 
 def test_nothing_is_examined_in_a_place_that_cannot_be_written(task: Examination, tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ TAMPERINGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "hash": (lambda t: t.update(hash="0" * 64), NOT_THE_HASH),
     "no hash": (lambda t: t.pop("hash"), "hash: Field required"),
     "empty hash": (lambda t: t.update(hash=""), NOT_THE_HASH),
-    "schema": (lambda t: t.update(schema=2), "is no record of schema 1: schema: "),
+    "schema": (lambda t: t.update(schema=3), "is no record of schema 2: schema: "),
     "no schema": (lambda t: t.pop("schema"), "schema: Field required"),
     "unknown key": (lambda t: t.update(comment="trust me"), "comment: Extra inputs"),
     "unknown result": (lambda t: t["result"].update(best=1.0), "result.best: Extra inputs"),
@@ -399,3 +399,21 @@ def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "records").write_text("a file")
     with pytest.raises(Refused, match="cannot write"):
         record.write(tmp_path / "records", said(), outcomes())
+
+
+# ------------------------------------------------------------------------------------------------ older records
+
+
+def test_records_of_the_first_schema_are_read_as_they_were(root: Path) -> None:
+    paths = sorted((root / "leaderboard" / "records").glob("*.json"))
+    old = [path for path in paths if json.loads(path.read_text())["schema"] == 1]
+    assert len(old) >= 60
+    for path in old[::6]:
+        assert record.read(path).said() == json.loads(path.read_text())
+
+
+def test_a_field_that_came_later_is_hashed_where_a_record_says_it(tmp_path: Path) -> None:
+    without, given = said(), said()
+    given["result"]["after"] = {}
+    hashes = {record.write(tmp_path, one, outcomes()).hash for one in (without, given)}
+    assert len(hashes) == 2

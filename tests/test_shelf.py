@@ -33,7 +33,7 @@ FAT_MART_TAU: Segments = [(20, 0), (40, 1), (60, 2), (80, 3), (90, 4)]
 
 COMMON = {
     "dataset": "cifar10", "batch_size": 128, "momentum": 0.9, "weight_decay": 2e-4, "augment": "crop-flip",
-    "validation": 0.02, "steps": 10, "step_size": 0.007, "omega": 0.0, "mode": "eval",
+    "validation": 0.0, "steps": 10, "step_size": 0.007, "omega": 0.0, "mode": "eval",
 }  # fmt: skip
 UNIFORM = {"start": "uniform", "clamp_start": True}
 NATURAL = {"start": "natural", "clamp_start": True}
@@ -49,7 +49,7 @@ MART = {"defense": "mart", "arch": "wrn-34-10", "eps": "0.031", "forwards": "nat
 MADRY = {"defense": "madry", "arch": "wrn-32-10", "eps": "8/255", "step_size": 2 / 255, **UNIFORM,
          "lr": [(103, 0.1), (154, 0.01), (205, 0.001)]}  # fmt: skip
 CAT = {"defense": "cat", "arch": "wrn-32-10", "lr": [(300, 0.1)], "batch_size": 200, "weight_decay": 5e-4,
-       "mode": "train", "steps": 7, "clamp_start": False, "patience": 10}  # fmt: skip
+       "mode": "train", "steps": 7, "clamp_start": False, "patience": 10, "validation": 0.02}  # fmt: skip
 DAT = {"defense": "dat", "arch": "wrn-32-10", "eps": "0.031", "lr": [(59, 0.01), (99, 0.001), (120, 0.0001)],
        "step_size": "eps/4", "start": "uniform", "c_max": 0.5, "until": "100/120", "first": 1}  # fmt: skip
 
@@ -498,7 +498,7 @@ def test_show_tells_the_file_and_what_follows_from_it() -> None:
     assert recipe.shelf()["fat-wrn-32-10-eps8-code"].read_text().rstrip() in said
     assert "lr        0.1 epochs 1-59, 0.01 epochs 60-89, 0.001 epochs 90-109, 0.0005 epochs 110-120" in said
     assert "tau       0 epochs 1-50, 1 epochs 51-90, 2 epochs 91-120" in said
-    assert "defaults  seed = 0, precision = 32-true, fields.project = True" in said
+    assert "defaults  seed = 0, precision = 32-true, ranks = 1, sync_bn = False, fields.project = True" in said
     assert "27, one of them: fatbench train --recipe fig-6-fat --eps 0.03 --set tau=0" in show("recipe", "fig-6-fat")
     growing = show("recipe", "fat-resnet-18-growing-eps")
     assert "eps       0.0156863 epochs 1-20, 0.0313725 epochs 21-40" in growing

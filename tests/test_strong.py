@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fatbench import checkpoint, data, record
-from fatbench import evaluate as harness
+from fatbench import checkpoint, data, examination, record
 from fatbench.checkpoint import Subject
 from fatbench.defense import build
 from fatbench.evaluate import Examination, evaluate
-from fatbench.evaluation import Attacked, Chunk, Evaluation, examiner
+from fatbench.evaluation import Attacked, Chunk, Evaluation, Staged, examiner
 from fatbench.protocol import Protocol
 from fatbench.record import read_outcomes
 from fatbench.registry import evaluations
@@ -111,7 +110,7 @@ class Seen(Evaluation):
     def attack(self, model: nn.Module, chunk: Chunk, eps: float) -> Attacked:
         self.shown.append(chunk.indices.tolist())
         hit = torch.tensor([int(i) in self.breaks for i in chunk.indices])[:, None, None, None]
-        return Attacked(torch.where(hit, chunk.x + eps, chunk.x), len(chunk.x), 0, (), {"hits": int(hit.sum())})
+        return Attacked(torch.where(hit, chunk.x + eps, chunk.x), len(chunk.x), 0)
 
 
 class Above(nn.Module):
@@ -129,8 +128,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Protocol, d
     def make(standing: bool = True, **breaks: set[int]) -> tuple[Protocol, dict[str, list[list[int]]]]:
         shown: dict[str, list[list[int]]] = {name: [] for name in breaks}
         made = {name: Seen(places, shown[name]) for name, places in breaks.items()}
-        monkeypatch.setattr(harness, "examiner", lambda name, settings: made[name])
-        monkeypatch.setattr(harness, "asdict", lambda e: {})
+        monkeypatch.setattr(examination, "examiner", lambda name, settings: made[name])
         return said(*breaks, standing=standing), shown
 
     return make
@@ -150,11 +148,41 @@ def test_each_attack_is_shown_only_whom_the_former_left_standing(scripted: Any, 
     done = evaluate(task(Above(), world, protocol, n=None, chunk=3), tmp_path)
     assert shown == {"first": [[0, 1, 2], [3]], "second": [[0], [3]], "third": [[3]]}
     assert done.result.correct == {"clean": 4, "first": 2, "second": 1, "third": 1, "worst": 1}
-    assert done.result.stages == {"first": {"hits": 2}, "second": {"hits": 1}, "third": {"hits": 0}}
     assert done.protocol.attacks["second"]["standing_after"] == "first"
     table = read_outcomes(tmp_path / f"{done.id}.parquet")
     assert table["third.broken"].tolist() == [True, True, True, False, True]
     assert table["third.pred"].tolist() == [1, 1, 1, 0, 1]
+
+
+def test_an_attack_in_stages_begins_with_whom_the_former_attack_left_standing(
+    digits: data.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(name: str) -> Evaluation:
+        return Seen({"first": {0}, "one": {0, 1}, "two": {3}}[name], shown[name])
+
+    class Two(Staged):
+        name = "two-stages"
+
+        def stages(self, classes: int) -> tuple[str, ...]:
+            return ("one", "two")
+
+        def stage(self, stage: str, model: nn.Module, chunk: Chunk, eps: float) -> Attacked:
+            return made(stage).attack(model, chunk, eps)
+
+    shown: dict[str, list[list[int]]] = {"first": [], "one": [], "two": []}
+    monkeypatch.setattr(examination, "examiner", lambda name, settings: made("first") if name == "first" else Two())
+    world = grey([0.45, 0.45, 0.45, 0.45, 0.55], [0, 0, 0, 0, 0])
+    for standing, one, two in ((True, [[1, 2, 3]], [[2, 3]]), (False, [[0, 1, 2, 3]], [[2, 3]])):
+        protocol = said("first", "staged", standing=standing)
+        done = evaluate(task(Above(), world, protocol, n=None, chunk=5), tmp_path / str(standing))
+        assert (shown["one"], shown["two"]) == (one, two)
+        assert done.result.correct == {"clean": 4, "first": 3, "staged": 1, "worst": 1}
+        assert done.result.stages == {"staged": {"one": 1 + (not standing), "two": 1}}
+        assert done.result.after == {"staged": {"one": 2, "two": 1}}
+        table = read_outcomes(tmp_path / str(standing) / f"{done.id}.parquet")
+        assert table["staged.stage"].tolist() == [0 if standing else 1, 1, -1, 2, 0]
+        for seen in shown.values():
+            seen.clear()
 
 
 def test_without_standing_everyone_is_shown_to_everyone(scripted: Any, tmp_path: Path) -> None:

@@ -353,3 +353,20 @@ def test_crafting_sees_the_inner_network_in_its_own_mode(tmp_path: Path, monkeyp
     monkeypatch.setattr(defenses["fat"], "craft", watched)
     trainer.train(settings("fat", epochs=1), tmp_path / "run")
     assert set(types) == {"DigitsCNN"}
+
+
+# ------------------------------------------------------------------------------------------------ nothing held out
+
+
+def test_with_nothing_held_out_every_example_is_trained_on_and_there_is_no_best(tmp_path: Path) -> None:
+    run = trainer.train(settings("fat", sets=["validation=0"]), tmp_path / "run")
+    assert [line["examples"] for line in metrics(run)] == [120, 120]
+    assert {line["val_natural"] for line in metrics(run)} == {None}
+    assert not (run / "best.safetensors").exists()
+    assert checkpoint.load(run).meta["status"] == "done"
+
+
+def test_a_curriculum_by_validation_needs_some(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"cat decides by accuracy on validation: --set validation=0\.02"):
+        trainer.train(settings("cat", sets=["validation=0"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,123 @@
+"""AutoAttack standard at full budget, stock pyautoattack beside ours, chunk by chunk in one process.
+
+    python -m benchmarks.autoattack path/to/cifar10.npz --n 512
+
+A small CNN is trained for a minute (FGSM with random starts, after Wong et al., ICLR 2020), then each chunk is examined
+three times: by the library as it is, by ours in float32, by ours crafting in bfloat16. Printed: robust accuracy, flags
+that differ, CPU seconds and their ratio to stock's. A ratio of CPU times taken while others compute is not to be
+trusted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fatbench import data
+from fatbench.evaluation import Chunk, verified
+from fatbench.registry import evaluations
+from fatbench.swift import swift
+
+EPS = 8 / 255
+
+
+def network(width: int) -> nn.Sequential:
+    """Six convolutions in three sizes and a linear layer; 0.28 million parameters at width 32."""
+    layers: list[nn.Module] = []
+    inputs = 3
+    for outputs in (width, 2 * width, 4 * width):
+        for stride in (1, 2):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+            inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16 * width, 10))
+
+
+def trained(loaded: data.Data, seconds: float, width: int) -> nn.Module:
+    """FGSM from a random start with a step of 10/255, for so long."""
+    torch.manual_seed(0)
+    net = network(width)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    began, x, y = time.process_time(), loaded.x_train, loaded.y_train
+    while (spent := time.process_time() - began) < seconds:
+        for group in sgd.param_groups:
+            group["lr"] = 0.2 * min(spent / seconds * 4, 1.02 - spent / seconds)
+        rows = torch.randint(len(x), (128,))
+        flip = torch.rand(128)[:, None, None, None] < 0.5
+        images = torch.where(flip, x[rows].flip(3), x[rows])
+        delta = torch.empty_like(images).uniform_(-EPS, EPS).requires_grad_()
+        grad = torch.autograd.grad(F.cross_entropy(net.train()(images + delta), y[rows]), delta)[0]
+        delta = (delta.detach() + 10 / 255 * grad.sign()).clamp(-EPS, EPS)
+        sgd.zero_grad()
+        F.cross_entropy(net((images + delta).clamp(0, 1)), y[rows]).backward()
+        sgd.step()
+    return net.eval()
+
+
+def stock(net: nn.Module, chunk: Chunk) -> Tensor:
+    """(N,) whom the library breaks."""
+    import pyautoattack
+
+    adversary = pyautoattack.AutoAttack(net, eps=EPS, seed=chunk.seed)
+    _, predicted = adversary.run_standard_evaluation(chunk.x, chunk.y, batch_size=len(chunk.x))
+    return predicted != chunk.y
+
+
+def ours(net: nn.Module, chunk: Chunk, craft: nn.Module | None) -> Tensor:
+    """(N,) whom ours breaks, verified on the network."""
+    frozen = [parameter.requires_grad_(False) for parameter in net.parameters()]
+    found = evaluations["autoattack"]().attack(net, replace(chunk, craft=craft), EPS)
+    broken = verified(net, chunk.x, found.x_adv, chunk.y, EPS)[1]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    return broken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("data", help="CIFAR-10 as path.npz")
+    parser.add_argument("--n", type=int, default=512)
+    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=60, help="CPU seconds of training")
+    parser.add_argument("--width", type=int, default=32)
+    given = parser.parse_args()
+    loaded = data.load(given.data)
+    net = trained(loaded, given.seconds, given.width)
+    probe = loaded.x_test[:32].contiguous()
+    ways: dict[str, Callable[[Chunk], Tensor]] = {
+        "stock": lambda chunk: stock(net, chunk),
+        "float32": lambda chunk: ours(net, chunk, swift(net, probe)),
+        "bf16": lambda chunk: ours(net, chunk, swift(net, probe, "bf16")),
+    }
+    flags: dict[str, list[Tensor]] = {name: [] for name in ways}
+    cpu = dict.fromkeys(ways, 0.0)
+    for first in range(0, given.n, given.chunk):
+        rows = np.arange(first, min(first + given.chunk, given.n))
+        chunk = Chunk(loaded.x_test[rows].contiguous(), loaded.y_test[rows], rows, 10, 0)
+        for name, way in ways.items():
+            began = time.process_time()
+            flags[name].append(way(chunk))
+            cpu[name] += time.process_time() - began
+            print(f"chunk {first // given.chunk + 1}, {name}: {cpu[name]:.1f} CPU s so far", flush=True)
+    report({name: torch.cat(parts) for name, parts in flags.items()}, cpu)
+
+
+def report(broken: dict[str, Tensor], cpu: dict[str, float]) -> None:
+    """The table."""
+    print(f"\n{torch.get_num_threads()} threads, torch {torch.__version__}, n {len(broken['stock'])}, eps 8/255\n")
+    print("| | robust | of n | flags that differ | CPU s | of stock's |\n|---|---|---|---|---|---|")
+    for name, fell in broken.items():
+        differ = int((fell != broken["stock"]).sum())
+        standing = int((~fell).sum())
+        share = cpu[name] / cpu["stock"]
+        print(f"| {name} | {standing / len(fell):.1%} | {standing} | {differ} | {cpu[name]:.1f} | {share:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

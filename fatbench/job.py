@@ -1,0 +1,139 @@
+"""One run of a sweep: trained, then examined, in a folder that tells its state to whoever looks. No torch.
+
+The folder holds settings.toml (a recipe), examine.json, state.json, log.txt and run/. A job writes its own state, so
+that it may be started by a sweep's worker, by a cluster's scheduler or by hand; who it was and that it lives is told by
+its process and by the lock it holds.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field
+
+from fatbench import runs
+from fatbench.errors import Refused, RunFailed, first_line
+from fatbench.files import locked, read_json, read_lines, write_json
+from fatbench.quantities import Eps
+
+STATES = ("not launched", "running", "failed", "done")
+
+
+class Examine(BaseModel):
+    """What a sweep does with a finished run: `[evaluate]`. Nothing where neither protocols nor attacks are named."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    protocols: tuple[str, ...] = Field(default=(), description="by name, or a .toml")
+    attacks: tuple[str, ...] = Field(default=(), description="fgsm, pgd-20, ... under the house protocol")
+    eps: Eps | None = Field(default=None, description="the protocol's, or the run's, unless given")
+    n: int | None = Field(default=None, ge=1, description="the first n test examples")
+    balanced: bool = Field(default=False, description="n class-balanced test examples instead")
+    seed: int = Field(default=0, ge=0, description="of random starts")
+
+
+class Standing(NamedTuple):
+    """How a job stands.
+
+    Attributes:
+        state: One of STATES. A job whose process is gone before it was through has failed.
+        said: How far a running one is; why a failed one failed.
+    """
+
+    state: str
+    said: str = ""
+
+
+def standing(folder: Path) -> Standing:
+    """A job's state, from its folder alone."""
+    if not (folder / "state.json").exists():
+        return Standing("not launched")
+    note = read_json(folder / "state.json", "job's state")
+    if note["state"] != "running":
+        return Standing(note["state"], note.get("reason", ""))
+    done = len(read_lines(folder / "run" / "metrics.jsonl"))
+    if _held(folder / ".lock"):
+        return Standing("running", f"process {note['pid']} on {note['host']}, {done} epochs done")
+    return Standing("failed", f"killed: process {note['pid']} on {note['host']} is gone, {done} epochs done")
+
+
+def _held(path: Path) -> bool:
+    if not path.exists():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def note(folder: Path, state: str, **more: Any) -> None:
+    """Writes a job's state down."""
+    write_json(folder / "state.json", {"state": state, "pid": os.getpid(), "host": socket.gethostname(), **more})
+
+
+def carry_out(folder: Path, work: Callable[[Path], object]) -> None:
+    """Does a job's work and keeps its state; a job that is done already is not done again.
+
+    Raises:
+        Refused: another process is at this job, or no job is here. Whatever `work` raises, once it is written down.
+    """
+    if not (folder / "settings.toml").exists():
+        raise Refused(f"{folder} holds no job: fatbench sweep GRID.toml --print lists them")
+    with locked(folder / ".lock", f"at the job {folder}"):
+        if standing(folder).state == "done":
+            return
+        note(folder, "running")
+        try:
+            work(folder)
+        except BaseException as error:
+            note(folder, "failed", reason=_reason(error))
+            raise
+        note(folder, "done")
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return str(error) if isinstance(error, (Refused, RunFailed)) else f"{type(error).__name__}: {first_line(error)}"
+
+
+def train_and_examine(folder: Path, device: str, records: Path) -> None:
+    """A job's work: trains, going on where an earlier attempt was stopped, and writes the records asked for."""
+    from fatbench import trainer
+
+    run, settings = folder / "run", runs.settings_in(folder)
+    # A run that has failed stays failed when it is resumed; who launches its job again wants it tried again.
+    failed = (run / "done").exists() and read_json(run / "done", "end-of-run mark").get("status") == "failed"
+    trainer.train(settings, run, device=device, devices=settings.ranks, resume=not failed, force=failed)
+    examine = Examine.model_validate(read_json(folder / "examine.json", "list of examinations"))
+    for examination in _examinations(examine, run):
+        from fatbench import devices, evaluate
+
+        evaluate.evaluate(examination, records, device=devices.fabric_on(device).device)
+
+
+def _examinations(examine: Examine, run: Path) -> list[Any]:
+    from fatbench import checkpoint, data, protocol
+    from fatbench.evaluate import Examination
+
+    asked = [protocol.load(name) for name in examine.protocols]
+    asked += [protocol.load(protocol.DEFAULT).only(examine.attacks)] if examine.attacks else []
+    if not asked:
+        return []
+    subject = checkpoint.load(run)
+    trained = subject.meta["settings"]
+    loaded = data.load(trained["dataset"])
+    return [
+        Examination(
+            subject, loaded, said, examine.eps or said.eps or trained["eps"], examine.n, examine.balanced, examine.seed
+        )
+        for said in asked
+    ]

@@ -1,0 +1,199 @@
+"""Sweeps: a grid is what it says; every job's state can be read from the disk; what died is seen and done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fatbench import files, job, recipe, sweep
+from fatbench.errors import Refused, RunFailed
+from fatbench.job import standing
+
+pytestmark = pytest.mark.timeout(120)
+GRID = """
+epochs = 1
+n_train = 100
+[sweep]
+defense = ["madry", "fat"]
+seed = [0, 1, 2]
+eps = ["0.2", "0.3"]
+"""
+# Does nothing, or crashes, or waits to be killed, as the job's folder says.
+STUB = """
+import sys, time
+from pathlib import Path
+from fatbench import job
+
+def work(folder):
+    if (folder / "crash").exists():
+        raise ValueError("made to crash")
+    while (folder / "wait").exists():
+        time.sleep(0.05)
+
+job.carry_out(Path(sys.argv[1]), work)
+"""
+
+
+def grid(tmp_path: Path, text: str = GRID) -> str:
+    (tmp_path / "grid.toml").write_text(text)
+    return str(tmp_path / "grid.toml")
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Callable[[Path, str], list[str]]:
+    (tmp_path / "stub.py").write_text(STUB)
+    return lambda folder, device: [sys.executable, str(tmp_path / "stub.py"), str(folder)]
+
+
+# ------------------------------------------------------------------------------------------------ the grid
+
+
+def test_a_grid_is_the_product_of_its_values(tmp_path: Path) -> None:
+    points = sweep.expand(grid(tmp_path)).points
+    assert len(points) == 12
+    assert points["fat-seed2-eps0.3"] == recipe.resolve("fat", epochs=1, n_train=100, seed=2, eps="0.3")
+
+
+def test_a_field_is_swept_for_those_who_have_it(tmp_path: Path) -> None:
+    text = 'epochs = 1\n[fields]\ntau = 1\nsteps = 5\n[sweep]\ndefense = ["madry", "fat-trades"]\nbeta = [1, 6]\n'
+    points = sweep.expand(grid(tmp_path, text)).points
+    assert list(points) == ["madry", "fat-trades-beta1", "fat-trades-beta6"]
+    assert points["madry"].fields["steps"] == 5
+    assert points["fat-trades-beta6"].fields["beta"] == 6
+    assert points["fat-trades-beta6"].fields["tau"] == 1
+
+
+def test_a_recipe_that_sweeps_is_a_grid(tmp_path: Path) -> None:
+    found = sweep.expand("fig-4-small-cnn")
+    assert list(found.points.values()) == list(recipe.points("fig-4-small-cnn").values())
+    assert found.examine.protocols == ("fat-fig4",)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('[sweep]\ndefense = ["madry", "trades"]\ntau = [0]\n', "sweeps tau, which none of madry, trades has"),
+        ('[sweep]\ndefense = ["madri"]\n', "did you mean madry"),
+        ('defense = "fat"\n[sweep]\ntau = [-1]\n', "greater than or equal to 0"),
+        ('defense = "fat"\n[sweep]\nseed = [1, 1]\n', "names a value twice"),
+        ('defense = "fat"\n[evaluate]\natacks = ["fgsm"]\n', "evaluate: atacks"),
+        ('defense = "fat"\nepoch = 3\n', "did you mean epochs"),
+        ("[sweep\n", "cannot read"),
+        ("[sweep]\nseed = [0]\n", "which defense"),
+    ],
+)
+def test_a_grid_that_does_not_fit_is_refused(text: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=told) as refusal:
+        sweep.expand(grid(tmp_path, text))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_folder_is_one_grids(tmp_path: Path) -> None:
+    sweep.prepare(sweep.expand(grid(tmp_path)), tmp_path / "out")
+    more = sweep.prepare(sweep.expand(grid(tmp_path, GRID.replace("[0, 1, 2]", "[0, 1, 2, 3]"))), tmp_path / "out")
+    assert len(more) == 16
+    with pytest.raises(Refused, match=r"another grid .*epochs: 1 -> 2"):
+        sweep.prepare(sweep.expand(grid(tmp_path, GRID.replace("epochs = 1", "epochs = 2"))), tmp_path / "out")
+    with pytest.raises(Refused, match="other examinations"):
+        sweep.prepare(sweep.expand(grid(tmp_path, GRID + '[evaluate]\nattacks = ["fgsm"]\n')), tmp_path / "out")
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "thesis.tex").write_text("mine")
+    with pytest.raises(Refused, match="something else"):
+        sweep.prepare(sweep.expand(grid(tmp_path)), tmp_path / "else")
+    with pytest.raises(Refused, match="no sweep at"):
+        sweep.jobs_in(tmp_path / "else")
+
+
+# ------------------------------------------------------------------------------------------------ the jobs
+
+
+def test_of_twelve_runs_one_crashes_and_one_is_killed_and_a_relaunch_completes_them(
+    tmp_path: Path, stub: Callable[[Path, str], list[str]]
+) -> None:
+    folders = sweep.prepare(sweep.expand(grid(tmp_path)), tmp_path / "out")
+    crashing, killed = folders[3], folders[6]
+    (crashing / "crash").touch()
+    (killed / "wait").touch()
+
+    def kill() -> None:
+        while standing(killed).state != "running":
+            time.sleep(0.02)
+        os.kill(json.loads((killed / "state.json").read_text())["pid"], signal.SIGKILL)
+
+    assert sweep.report(folders).startswith("12 runs: 12 not launched")
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(RunFailed, match="2 of 12 runs are not done"):
+        sweep.work_through(folders, 2, ["auto"], stub)
+    killer.join()
+    shown = sweep.report(sweep.jobs_in(tmp_path / "out"))
+    assert shown.startswith("12 runs: 2 failed, 10 done")
+    assert re.search(f"{crashing.name} +ValueError: made to crash", shown)
+    assert re.search(f"{killed.name} +killed by SIGKILL", shown)
+    (crashing / "crash").unlink()
+    (killed / "wait").unlink()
+    assert sweep.printed(folders, "cuda").count("fatbench job") == 2
+    sweep.work_through(folders, 2, ["auto"], stub)
+    assert sweep.report(folders).startswith("12 runs: 12 done")
+
+
+def test_a_job_at_work_is_left_alone_and_a_dead_one_is_seen(tmp_path: Path) -> None:
+    (folder, *_) = sweep.prepare(sweep.expand(grid(tmp_path)), tmp_path / "out")
+    job.note(folder, "running")
+    with files.locked(folder / ".lock", "here"):
+        assert standing(folder).state == "running"
+        assert folder not in sweep.open_jobs([folder])
+        with pytest.raises(Refused, match="another process is at work at the job"):
+            job.carry_out(folder, lambda folder: None)
+    assert (
+        standing(folder).said == f"killed: process {os.getpid()} on {job.socket.gethostname()} is gone, 0 epochs done"
+    )
+    assert sweep.open_jobs([folder]) == [folder]
+
+
+def test_what_a_job_dies_of_before_it_can_speak_is_its_logs_last_line(tmp_path: Path) -> None:
+    folders = sweep.prepare(sweep.expand(grid(tmp_path)), tmp_path / "out")[:1]
+    with pytest.raises(RunFailed):
+        sweep.work_through(folders, 1, ["auto"], lambda folder, device: [sys.executable, "-c", "import nothing_at_all"])
+    assert standing(folders[0]).said == "ModuleNotFoundError: No module named 'nothing_at_all'"
+
+
+def test_each_worker_has_its_device(tmp_path: Path) -> None:
+    folders = sweep.prepare(sweep.expand(grid(tmp_path)), tmp_path / "out")[:4]
+    given = []
+
+    def start(folder: Path, device: str) -> list[str]:
+        given.append(device)
+        return [sys.executable, "-c", ""]
+
+    with pytest.raises(RunFailed):
+        sweep.work_through(folders, 2, ["cuda:0", "cuda:1"], start)
+    assert set(given[:2]) == {"cuda:0", "cuda:1"}
+    assert sweep.command(folders[0], "cuda:1")[-2:] == ["--device", "cuda:1"]
+
+
+def test_a_sweep_from_the_command_line_ends_on_the_board(
+    cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    text = GRID.replace("[0, 1, 2]", "[0]").replace('["0.2", "0.3"]', '["0.2"]')
+    path = grid(tmp_path, text + '[evaluate]\nattacks = ["fgsm"]\nn = 50\n')
+    listed = cli("sweep", path, "--print", "--device", "cpu", cwd=tmp_path)
+    assert listed.returncode == 0, listed.stderr
+    done = cli("sweep", path, "--workers", 2, "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr + (tmp_path / "sweep/jobs/fat-seed0-eps0.2/log.txt").read_text()
+    assert "2 runs: 2 done" in done.stdout
+    assert len(list((tmp_path / "sweep" / "records").glob("*.json"))) == 2
+    assert (tmp_path / "sweep" / "board" / "index.md").exists()
+    assert len(listed.stdout.splitlines()) == 2
+    told = cli("status", "sweep", cwd=tmp_path)
+    assert told.stdout.startswith("2 runs: 2 done")

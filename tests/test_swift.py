@@ -1,0 +1,166 @@
+"""A swifter copy answers as its network does, and what it finds counts only where the network agrees."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fatbench import checkpoint, data, models
+from fatbench.attacks import pgd
+from fatbench.checkpoint import Subject
+from fatbench.errors import Refused
+from fatbench.evaluate import Examination, evaluate
+from fatbench.protocol import Protocol
+from fatbench.registry import evaluations
+from fatbench.swift import swift
+
+AutoAttack: Any = evaluations["autoattack"]
+ALONE = Protocol(name="quick", version=1, summary="cheap", source="these tests", attacks=("pgd-20", "autoattack"))
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Data:
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def net(digits: data.Data) -> nn.Module:
+    torch.manual_seed(0)
+    net = models.DigitsCNN(10, 1, 8)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for step in range(60):
+        batch = torch.arange(step * 128, step * 128 + 128) % len(digits.x_train)
+        x, y = digits.x_train[batch], digits.y_train[batch]
+        sgd.zero_grad()
+        nn.functional.cross_entropy(net.train()(pgd(net, x, y, eps=0.15, step_size=0.08, steps=3).x_adv), y).backward()
+        sgd.step()
+    return net.eval()
+
+
+@pytest.mark.parametrize("arch", ["digits-cnn", "small-cnn", "resnet-18", "wrn-40-4"])
+def test_a_copy_answers_as_its_network(arch: str) -> None:
+    torch.manual_seed(0)
+    net = models.build(arch).eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as after training
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    x = torch.rand(4, 3, 32, 32)
+    copy = swift(net, x)
+    assert copy is not None
+    with torch.no_grad():
+        torch.testing.assert_close(copy(x), net(x), rtol=1e-4, atol=1e-5)
+    half = swift(net, x, "bf16")
+    assert half is not None
+    assert half(x).dtype == torch.float32
+    assert net.training is False
+    assert all(p.dtype == torch.float32 for p in net.parameters())
+
+
+def test_normalisation_is_copied_too(net: nn.Module, digits: data.Data) -> None:
+    wrapped = models.Normalised(net, (0.4,), (0.3,)).eval()
+    for precision in ("float32", "bf16"):
+        assert swift(wrapped, digits.x_test[:8], precision) is not None  # type: ignore[arg-type]
+
+
+class Random(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x + torch.randn_like(x))
+        return logits
+
+
+class Branching(nn.Module):
+    """A network that cannot be traced."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x if x.mean() > -1 else -x)
+        return logits
+
+
+def test_a_network_that_does_not_repeat_itself_has_no_copy(net: nn.Module, digits: data.Data) -> None:
+    assert swift(Random(net), digits.x_test[:8]) is None
+
+
+def test_a_network_that_cannot_be_traced_is_copied_whole(net: nn.Module, digits: data.Data) -> None:
+    copy = swift(Branching(net), digits.x_test[:8])
+    assert copy is not None
+    with torch.no_grad():
+        torch.testing.assert_close(copy(digits.x_test[:8]), net(digits.x_test[:8]), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ in an examination
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = AutoAttack._library
+
+    def cheap(self: Any, *given: Any) -> Any:
+        made = library(self, *given)
+        made.apgd.n_iter = made.apgd_targeted.n_iter = made.fab.n_iter = 6
+        made.square.n_queries = 40
+        return made
+
+    monkeypatch.setattr(AutoAttack, "_library", cheap)
+
+
+def task(net: nn.Module, digits: data.Data, **more: Any) -> Examination:
+    subject = Subject(net, {"arch": "digits-cnn", "mean": None, "std": None}, checkpoint.fingerprint(net))
+    return Examination(subject, digits, ALONE, "0.15", **{"n": 40, "chunk": 40, **more})
+
+
+def test_whatever_is_crafted_on_the_network_judges(
+    net: nn.Module, digits: data.Data, tmp_path: Path, small: None
+) -> None:
+    given, swifter, half = (
+        evaluate(task(net, digits, **how), tmp_path / str(k))
+        for k, how in enumerate(({"layout": "given"}, {}, {"attack_precision": "bf16"}))
+    )
+    assert given.result == swifter.result  # so few examples leave no room for a difference
+    assert given.id == swifter.id != half.id
+    assert half.result.attack_precision == half.run["crafted_in"] == "bf16"
+    assert "crafted in bfloat16; every success was verified in float32" in half.result.warnings
+    assert abs(half.result.correct["autoattack"] - given.result.correct["autoattack"]) <= 1
+
+
+class Pessimist(nn.Module):
+    """A copy that calls everything wrong: hardly one of its successes holds."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits.roll(1, dims=1)
+
+
+def test_what_only_the_copy_calls_broken_goes_on_standing(
+    net: nn.Module, digits: data.Data, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fatbench import examine
+
+    honest = evaluate(task(net, digits, n=24), tmp_path / "honest").result
+    monkeypatch.setattr(examine, "swift", lambda model, x, precision: Pessimist(net).eval())
+    misled = evaluate(replace(task(net, digits, n=24), eps="0.0001"), tmp_path / "misled").result
+    assert misled.correct["autoattack"] == misled.correct["clean"]
+    again = evaluate(task(net, digits, n=24), tmp_path / "again").result
+    assert 0 < again.correct["autoattack"] >= honest.correct["autoattack"]
+
+
+def test_bfloat16_that_a_network_does_not_bear_is_refused(net: nn.Module, digits: data.Data, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="leave --attack-precision out"):
+        evaluate(task(Random(net), digits, attack_precision="bf16"), tmp_path)
