@@ -463,7 +463,7 @@ def sweep(
     finally:
         typer.echo(sweeps.report(folders))
     if (out / "records").is_dir():
-        leaderboard(out / "records", out / "board")
+        _derive(out / "records", out / "board", None)
 
 
 @app.command()

@@ -157,6 +157,8 @@ def notes(table: pd.DataFrame, *, brief: bool = False) -> list[str]:
             "`#` is 1 + the measured rows whose worst-case interval lies wholly above this row's: who overlaps with "
             "the best shares its rank. `fatbench compare` pairs the samples, and tells closer rows apart."
         )
+    if (table["status"] == "bound").any():
+        told.append("`≤`: a part of the protocol was left out, and the whole of it could only lower this number.")
     if len(measured) < len(table):
         told.append(
             "Rows of other sources stand as they were printed and are not ranked: `reported` by the paper that is "

@@ -136,6 +136,19 @@ def test_masking_is_a_verdict_only_where_autoattack_looked(put: Put, gathered: A
     assert found == {"fat": "", "madry": "no sign", "mart": "suspected", "cat": "suspected, 1 of 2"}
 
 
+def test_a_bound_is_shown_as_one_and_not_ranked(put: Put, gathered: Any, tmp_path: Path) -> None:
+    put({"pgd-20": 150, "autoattack": 100})
+    path = tmp_path / "records" / f"{put({'pgd-20': 150, 'autoattack': 120}, defense='mart').id}.json"
+    said = json.loads(path.read_text())
+    said["result"]["bound"] = True
+    said["hash"] = record.digest({key: said[key] for key in ("schema", "id", "protocol", "result")})
+    path.write_text(json.dumps(said))
+    table = leaderboard.board(gathered())
+    shown = faces.cells(table, brief=True).set_index("defense")
+    assert shown.loc["mart", ["#", "PGD-20", "AutoAttack", "worst case"]].tolist() == ["–", "75.0", "≤ 60.0", "≤ 60.0"]
+    assert any(note.startswith("`≤`") for note in faces.notes(table))
+
+
 def test_best_and_last_of_one_training_tell_their_gap(put: Put, gathered: Any) -> None:
     for seed in range(3):
         put({"fgsm": 100 + seed}, seed=seed, selection="last")
