@@ -245,7 +245,6 @@ def leaderboard(
         typer.Option("--with", metavar="SOURCES", help="Published rows beside ours: reported,robustbench."),
     ] = None,
     against: Annotated[Path | None, typer.Option(help="check: the records that are on the board already.")] = None,
-    adversarial: Annotated[Path | None, typer.Option(help="check: an .npz of adversarial examples, by attack.")] = None,
 ) -> None:
     """Derive the tables from records: one for each dataset, norm, eps class and protocol.
 
@@ -254,7 +253,7 @@ def leaderboard(
     """
     words = asked or []
     if words[:1] == ["check"]:
-        _check_submission([Path(word) for word in words[1:]], against, adversarial)
+        _check_submission([Path(word) for word in words[1:]], against)
     elif words[:1] == ["diff"]:
         _diff_boards(words[1:])
     elif len(words) > 1:
@@ -281,11 +280,11 @@ def _derive(records: Path | None, out: Path, beside: str | None) -> None:
     typer.echo(f"written: {out / 'index.md'} and {out / 'index.html'}")
 
 
-def _check_submission(paths: list[Path], against: Path | None, adversarial: Path | None) -> None:
+def _check_submission(paths: list[Path], against: Path | None) -> None:
     from fatbench.leaderboard import gather
     from fatbench.submission import check
 
-    findings = check(paths, gather(against) if against else (), adversarial)
+    findings = check(paths, gather(against) if against else ())
     for finding in findings:
         typer.echo("\n".join(finding.lines()))
     refused = sum(bool(finding.refused) for finding in findings)

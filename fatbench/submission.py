@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
 from fatbench import protocol
-from fatbench.errors import Refused, first_line
+from fatbench.compare import held
+from fatbench.errors import Refused
 from fatbench.leaderboard import as_on_the_shelf
 from fatbench.record import Record, read, read_outcomes
 
@@ -33,13 +33,12 @@ class Finding:
         return [head, *(f"        missing: {m}" for m in self.missing), *(f"        note: {n}" for n in self.notes)]
 
 
-def check(paths: Sequence[Path], published: Sequence[Record] = (), adversarial: Path | None = None) -> list[Finding]:
-    """Looks through records: files, or folders of them.
+def check(paths: Sequence[Path], published: Sequence[Record] = ()) -> list[Finding]:
+    """Looks through records: files, or folders of them; and through the adversarial examples kept beside them.
 
     Args:
         paths: What was submitted.
         published: The records that are on the board already.
-        adversarial: An .npz of adversarial examples, an array (n, C, H, W) for each attack's name, in record order.
 
     Raises:
         Refused: nothing there to check.
@@ -54,7 +53,7 @@ def check(paths: Sequence[Path], published: Sequence[Record] = (), adversarial: 
             record = read(path)
             as_on_the_shelf(record)
             _is_no_copy(record, known)
-            checked = _examples(record, path, adversarial) if adversarial else []
+            checked = _examples(record, path)
         except Refused as refusal:
             findings.append(Finding(path, refused=str(refusal)))
             continue
@@ -107,30 +106,30 @@ def _notes(record: Record) -> list[str]:
     return said
 
 
-def _examples(record: Record, path: Path, adversarial: Path) -> list[str]:
-    """Holds adversarial examples to the record: everyone that counts as broken lies in the ball and in [0, 1]."""
-    from fatbench import data
-    from fatbench.protocol import budget_of
-    from fatbench.quantities import number
+def _examples(record: Record, path: Path) -> list[str]:
+    """Holds the adversarial examples beside a record to it: who counts as broken lies in the ball and in [0, 1]."""
+    from fatbench import data, evidence
 
+    kept = evidence.path(path.parent, record.id)
+    if not kept.exists():
+        return []
+    tensors, header = evidence.read(kept)
+    if record.result.outcomes not in header.get("fatbench", "") or not {"x_adv", "index"} <= tensors.keys():
+        raise Refused(f"{kept} holds the examples of another record, or none")
     try:
-        with np.load(adversarial, allow_pickle=False) as arrays:
-            given = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, BadZipFile) as error:
-        raise Refused(f"{adversarial} holds no arrays of adversarial examples: {first_line(error)}") from None
-    loaded = data.load(record.result.data.name)
+        loaded = data.load(record.result.data.name)
+    except Refused as absent:
+        return [f"its adversarial examples were not looked at: {absent}"]
+    outcomes = read_outcomes(path.with_suffix(".parquet"))
     if loaded.fingerprint("test") != record.result.data.fingerprint:
         raise Refused(f"{path} was examined on another {record.result.data.name} than the one here")
-    outcomes = read_outcomes(path.with_suffix(".parquet"))
-    clean = loaded.x_test.numpy()[outcomes["index"]].astype(np.float64)
-    for attack, x_adv in given.items():
-        if attack not in record.attacks or x_adv.shape != clean.shape:
-            raise Refused(f"{adversarial}: {attack} {x_adv.shape} is no attack of {path}, or has not its {clean.shape}")
-        broken = outcomes[f"{attack}.broken"].to_numpy()
-        eps = number(budget_of(attack) or record.result.eps)
-        if not _allowed(x_adv[broken].astype(np.float64), clean[broken], eps):
-            raise Refused(f"{adversarial}: {attack} counts examples as broken outside the ball of {eps:g} or [0, 1]")
-    return [f"{', '.join(given)}: every example that counts as broken lies in the ball and in [0, 1]"]
+    x_adv, clean = tensors["x_adv"].numpy(), loaded.x_test.numpy()[outcomes["index"]]
+    if x_adv.shape != clean.shape or tensors["index"].tolist() != outcomes["index"].tolist():
+        raise Refused(f"{kept} holds {x_adv.shape}, and not one example for each of the record's {clean.shape}")
+    broken = ~held(record, outcomes, record.attacks)["worst"].to_numpy()
+    if not _allowed(x_adv[broken].astype(np.float64), clean[broken].astype(np.float64), record.result.eps_value):
+        raise Refused(f"{kept}: who counts as broken lies outside the ball of {record.result.eps} or [0, 1]")
+    return ["its adversarial examples lie in the ball and in [0, 1]; fatbench verify counts them again"]
 
 
 def _allowed(x: np.ndarray, clean: np.ndarray, eps: float) -> bool:

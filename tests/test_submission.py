@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from fatbench import data, leaderboard, publish, record
+from fatbench import data, evidence, leaderboard, publish, record
 from fatbench.changes import diff
 from fatbench.errors import Refused
 from fatbench.record import Record
@@ -122,29 +123,33 @@ def test_copies_are_refused(one: Callable[..., Path], board: Path) -> None:
     assert [bool(finding.refused) for finding in twice] == [False, True]
 
 
-def test_adversarial_examples_are_held_to_the_ball(one: Callable[..., Path], tmp_path: Path) -> None:
+def test_adversarial_examples_beside_a_record_are_held_to_the_ball(one: Callable[..., Path]) -> None:
     path = one()
-    broken = pd.read_parquet(path.with_suffix(".parquet"))["fgsm.broken"].to_numpy()
-    clean = data.load("digits").x_test.numpy()
-    x_adv = np.clip(clean + 0.3, 0, 1)
-    examples = tmp_path / "examples.npz"
+    said = json.loads(path.read_text())
+    outcomes = pd.read_parquet(path.with_suffix(".parquet"))
+    hurt = outcomes["clean_pred"] != outcomes["label"]
+    for attack in said["protocol"]["attacks"]:
+        hurt |= outcomes[f"{attack}.broken"]
+    clean = data.load("digits").x_test
+    broken = torch.tensor(hurt.tolist())[:, None, None, None]
+    kept = evidence.path(path.parent, said["id"])
 
-    def found() -> Any:
-        (finding,) = check([path], adversarial=examples)
+    def found(x_adv: torch.Tensor, of: str = said["result"]["outcomes"], index: Any = outcomes["index"]) -> Any:
+        tensors = {"x_adv": x_adv.float().contiguous(), "index": torch.as_tensor(list(index))}
+        save_file(tensors, kept, metadata={"fatbench": json.dumps({"outcomes": of})})
+        (finding,) = check([path])
         return finding
 
-    np.savez(examples, fgsm=x_adv)
-    assert found().notes[0] == "fgsm: every example that counts as broken lies in the ball and in [0, 1]"
-    x_adv[~broken] = 7  # who held is not counted
-    np.savez(examples, fgsm=x_adv)
-    assert not found().refused
-    for wrong in (clean + 0.31, clean - 0.1, np.full_like(clean, np.nan)):
-        np.savez(examples, fgsm=np.where(broken[:, None, None, None], wrong, x_adv))
-        assert "counts examples as broken outside the ball of 0.3 or [0, 1]" in found().refused
-    np.savez(examples, pgd=x_adv)
-    assert "is no attack of" in found().refused
-    examples.write_text("nothing")
-    assert "holds no arrays of adversarial examples" in found().refused
+    edge = (clean + 0.3).clamp(0, 1)
+    assert found(edge).notes[0].startswith("its adversarial examples lie in the ball")
+    assert not found(torch.where(broken, edge, torch.tensor(7.0))).refused  # who held has no example
+    for wrong in (edge + 0.01, clean - 0.1, torch.full_like(clean, float("nan"))):
+        assert "who counts as broken lies outside the ball of 0.3 or [0, 1]" in found(wrong).refused
+    assert "holds the examples of another record" in found(edge, of="f" * 64).refused
+    assert "not one example for each" in found(edge, index=outcomes["index"][::-1]).refused
+    assert "not one example for each" in found(edge[:7], index=outcomes["index"][:7]).refused
+    kept.write_text("nothing")
+    assert "is no safetensors file" in check([path])[0].refused
 
 
 def test_the_command_says_each_and_refuses_if_one_is_refused(
