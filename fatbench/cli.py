@@ -518,15 +518,7 @@ def _print_table(key: tuple[str, ...], table: pd.DataFrame) -> None:
     from fatbench import faces
     from fatbench.console import stdout
 
-    shown = faces.cells(table, brief=True)
-    # What is the same in every row is said once: a terminal is narrow.
-    same = [
-        c
-        for c in ("network", "source", "eps train", "epochs", "n", "seeds")
-        if len(shown) > 1 and shown[c].nunique() == 1
-    ]
-    said = ", ".join(f"{column} {shown[column].iloc[0]}" for column in same)
-    shown = shown.drop(columns=same)
+    shown, said = faces.folded(faces.cells(table, brief=True))  # a terminal is narrow
     printed = Table(
         title=escape(faces.heading(key)), title_justify="left", caption=escape(said), caption_justify="left"
     )
