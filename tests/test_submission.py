@@ -143,7 +143,7 @@ def test_adversarial_examples_beside_a_record_are_held_to_the_ball(one: Callable
     edge = (clean + 0.3).clamp(0, 1)
     assert found(edge).notes[0].startswith("its adversarial examples lie in the ball")
     assert not found(torch.where(broken, edge, torch.tensor(7.0))).refused  # who held has no example
-    for wrong in (1 - clean, edge + 0.01, clean - 0.1, torch.full_like(clean, float("nan"))):
+    for wrong in ((clean + 0.31).clamp(0, 1), edge + 0.01, clean - 0.1, torch.full_like(clean, float("nan"))):
         assert "who counts as broken lies outside the ball of 0.3 or [0, 1]" in found(wrong).refused
     assert "holds the examples of another record" in found(edge, of="f" * 64).refused
     assert "not one example for each" in found(edge, index=outcomes["index"][::-1]).refused
