@@ -10,10 +10,12 @@ import logging
 import multiprocessing
 import os
 import platform
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from inspect import signature
+from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 import lightning_fabric  # noqa: F401  before the next line: it sets its logger up as it is imported
@@ -129,10 +131,18 @@ def launched(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
 def _outcome(fabric: Fabric, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """What work returned, or how all ranks ended it: an exception's type would be lost between processes."""
     console.stderr.quiet = console.stdout.quiet = not fabric.is_global_zero
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     try:
         return work(fabric, *arguments)
     except (Refused, RunFailed, KeyboardInterrupt) as error:
         return error
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when the one that started it is gone: killed, it could not say so."""
+    wait([parent])
+    os._exit(1)
 
 
 def _end_children() -> None:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,6 +156,23 @@ def test_devices_2_and_torchrun_do_the_same(
 
 
 # ------------------------------------------------------------------------------------------------ the parts
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc, to see which processes are there")
+@pytest.mark.timeout(120)
+def test_when_the_command_is_killed_its_processes_end_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fatbench", "train", "standard", "--devices", "2", "--epochs", "5000"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen([*command, "--out", str(tmp_path / "run")], cwd=tmp_path, env=env, stderr=subprocess.PIPE)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert run.poll() is None
+        time.sleep(0.2)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    assert len(children) >= 2
+    run.kill()
+    run.communicate()
+    while any(Path(f"/proc/{child}").exists() for child in children):  # pytest's timeout is the limit
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
