@@ -202,6 +202,8 @@ def evaluate(
     where = places.fabric_on(device).device
     record = examine(wanted.task, out, device=where, keep_examples=save_adversarial, source=wanted.source)
     _show_record(record)
+    if save_adversarial:
+        typer.echo(f"examples: {out / record.id}.adversarial.safetensors; fatbench verify counts them again")
     typer.echo(f"record: {out / record.id}.json; next: fatbench leaderboard {out}")
 
 
