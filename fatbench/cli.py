@@ -184,27 +184,28 @@ def evaluate(
     source: Annotated[str | None, typer.Option(help="Who made the examples of --external, and how.")] = None,
     model_dir: Annotated[Path, typer.Option(help="Where RobustBench's models lie.")] = Path("models"),
     device: Device = "auto",
-    devices: Annotated[int, typer.Option(help="Processes; only 1 for now.")] = 1,
+    devices: Devices = None,
+    nodes: Nodes = None,
     out: Out = Path("records"),
 ) -> None:
     """Examine a network under a protocol; writes a record with per-example evidence."""
-    _one_process(devices)
     from fatbench import devices as places
-    from fatbench.asked import Network, asked
-    from fatbench.evaluate import evaluate as examine
+    from fatbench.asked import Network
+    from fatbench.shards import PATIENCE, examine_as_asked
 
     network = Network(ckpt, arch, model, _numbers(mean, "--mean"), _numbers(std, "--std"), str(model_dir))
-    wanted = asked(
-        network, dataset=dataset, protocol=protocol, attacks=attacks, eps=eps, external=external, source=source,
-        surrogate=surrogate, n=n, checked=checks, tier=tier.value, attack_precision=attack_precision.value,
-        layout=layout.value, balanced=balanced, seed=seed,
-    )  # fmt: skip
-    where = places.fabric_on(device).device
-    record = examine(wanted.task, out, device=where, keep_examples=save_adversarial, source=wanted.source)
-    _show_record(record)
-    if save_adversarial:
-        typer.echo(f"examples: {out / record.id}.adversarial.safetensors; fatbench verify counts them again")
-    typer.echo(f"record: {out / record.id}.json; next: fatbench leaderboard {out}")
+    options = {
+        "dataset": dataset, "protocol": protocol, "attacks": attacks, "eps": eps, "external": external,
+        "source": source, "surrogate": surrogate, "n": n, "checked": checks, "tier": tier.value,
+        "attack_precision": attack_precision.value, "layout": layout.value, "balanced": balanced, "seed": seed,
+    }  # fmt: skip
+    fabric = places.fabric_on(device, devices=devices, nodes=nodes, patience=PATIENCE)
+    record = places.launched(fabric, examine_as_asked, network, options, out, save_adversarial)
+    if speaks():
+        _show_record(record)
+        if save_adversarial:
+            typer.echo(f"examples: {out / record.id}.adversarial.safetensors; fatbench verify counts them again")
+        typer.echo(f"record: {out / record.id}.json; next: fatbench leaderboard {out}")
 
 
 @app.command()
@@ -237,30 +238,70 @@ def verify(
 
 @app.command()
 def leaderboard(
-    records: Annotated[Path | None, typer.Argument(help="A folder of records; ./records unless given.")] = None,
+    asked: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECORDS | check FILE... | diff OLD NEW]", help="A folder; ./records unless given."),
+    ] = None,
     out: Out = Path("board"),
     beside: Annotated[
         str | None,
         typer.Option("--with", metavar="SOURCES", help="Published rows beside ours: reported,robustbench."),
     ] = None,
+    against: Annotated[Path | None, typer.Option(help="check: the records that are on the board already.")] = None,
 ) -> None:
-    """Derive the tables from records: one for each dataset, norm, eps class and protocol."""
+    """Derive the tables from records: one for each dataset, norm, eps class and protocol.
+
+    `check FILE...` looks through outside records and says what is wrong or missing; `diff OLD NEW` tells what changed
+    between two boards.
+    """
+    words = asked or []
+    if words[:1] == ["check"]:
+        _check_submission([Path(word) for word in words[1:]], against)
+    elif words[:1] == ["diff"]:
+        _diff_boards(words[1:])
+    elif len(words) > 1:
+        raise Refused(f"leaderboard takes one folder of records, not {len(words)}; or check FILE..., or diff OLD NEW")
+    else:
+        _derive(Path(words[0]) if words else None, out, beside)
+
+
+def _derive(records: Path | None, out: Path, beside: str | None) -> None:
     from fatbench import beside as published
     from fatbench import faces
     from fatbench import leaderboard as boards
     from fatbench.publish import publish
 
     others = published.lines([name.strip() for name in (beside or "").split(",") if name.strip()])
+    folder = records or Path("records")
     # With published rows a board may do without records; a folder that was named must hold some all the same.
-    found = (
-        [] if others and records is None and not Path("records").is_dir() else boards.gather(records or Path("records"))
-    )
+    found = [] if others and not records and not folder.is_dir() else boards.gather(folder)
     for key, table in publish(found, out, others).items():
         if (table["source"] == "measured").any():
             _print_table(key, table)
         else:
             typer.echo(f"{faces.heading(key)}: {len(table)} published rows, none measured")
     typer.echo(f"written: {out / 'index.md'} and {out / 'index.html'}")
+
+
+def _check_submission(paths: list[Path], against: Path | None) -> None:
+    from fatbench.leaderboard import gather
+    from fatbench.submission import check
+
+    findings = check(paths, gather(against) if against else ())
+    for finding in findings:
+        typer.echo("\n".join(finding.lines()))
+    refused = sum(bool(finding.refused) for finding in findings)
+    if refused:
+        raise Refused(f"{refused} of {len(findings)} records cannot go on a board")
+
+
+def _diff_boards(paths: list[str]) -> None:
+    from fatbench.changes import diff
+
+    if len(paths) != 2:
+        raise Refused("leaderboard diff takes two boards: diff OLD NEW, each a board.json or its folder")
+    lines = diff(Path(paths[0]), Path(paths[1]))
+    typer.echo("\n".join(lines) or "no row differs")
 
 
 @app.command()
@@ -424,7 +465,7 @@ def sweep(
     finally:
         typer.echo(sweeps.report(folders))
     if (out / "records").is_dir():
-        leaderboard(out / "records", out / "board")
+        _derive(out / "records", out / "board", None)
 
 
 @app.command()
@@ -468,11 +509,6 @@ def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
         raise Refused(f"{option} {text}: {error}") from None
 
 
-def _one_process(devices: int) -> None:
-    if devices != 1:
-        raise Refused(f"--devices {devices}: this version runs on one device")
-
-
 def _print_table(key: tuple[str, ...], table: pd.DataFrame) -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -480,15 +516,7 @@ def _print_table(key: tuple[str, ...], table: pd.DataFrame) -> None:
     from fatbench import faces
     from fatbench.console import stdout
 
-    shown = faces.cells(table, brief=True)
-    # What is the same in every row is said once: a terminal is narrow.
-    same = [
-        c
-        for c in ("network", "source", "eps train", "epochs", "n", "seeds")
-        if len(shown) > 1 and shown[c].nunique() == 1
-    ]
-    said = ", ".join(f"{column} {shown[column].iloc[0]}" for column in same)
-    shown = shown.drop(columns=same)
+    shown, said = faces.folded(faces.cells(table, brief=True))  # a terminal is narrow
     printed = Table(
         title=escape(faces.heading(key)), title_justify="left", caption=escape(said), caption_justify="left"
     )

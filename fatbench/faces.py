@@ -157,6 +157,8 @@ def notes(table: pd.DataFrame, *, brief: bool = False) -> list[str]:
             "`#` is 1 + the measured rows whose worst-case interval lies wholly above this row's: who overlaps with "
             "the best shares its rank. `fatbench compare` pairs the samples, and tells closer rows apart."
         )
+    if (table["status"] == "bound").any():
+        told.append("`≤`: a part of the protocol was left out, and the whole of it could only lower this number.")
     if len(measured) < len(table):
         told.append(
             "Rows of other sources stand as they were printed and are not ranked: `reported` by the paper that is "
@@ -172,12 +174,21 @@ def notes(table: pd.DataFrame, *, brief: bool = False) -> list[str]:
     return [*told, *(f"[{i}] {note}" for i, note in enumerate(doubts, start=1))]
 
 
-def parts(key: tuple[str, ...], table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def parts(key: tuple[str, ...], table: pd.DataFrame, *, brief: bool = False) -> dict[str, pd.DataFrame]:
     """A table's cells under its heading; where protocols stand side by side, by architecture family."""
-    shown = cells(table)
+    shown = cells(table, brief=brief)
     if len(key) == 4:
         return {"": shown}
     return {str(family): shown.loc[rows.index] for family, rows in table.groupby("family", sort=False)}
+
+
+def folded(shown: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """What is the same in every row, said once: `network digits-cnn, seeds 3`, and the cells without it."""
+    same = [c for c in _ONCE if c in shown and len(shown) > 1 and shown[c].nunique() == 1]
+    return shown.drop(columns=same), ", ".join(f"{column} {shown[column].iloc[0]}" for column in same)
+
+
+_ONCE = ("network", "protocol", "source", "data", "eps train", "epochs", "n", "seeds")
 
 
 def markdown(key: tuple[str, ...], table: pd.DataFrame) -> str:
@@ -192,17 +203,21 @@ def markdown(key: tuple[str, ...], table: pd.DataFrame) -> str:
 
 
 def latex(key: tuple[str, ...], table: pd.DataFrame) -> str:
-    """One table as LaTeX, a tabular for each family; what stands under it, as comments."""
+    """One table as narrow LaTeX, for a paper: a tabular for each family; what stands under it, as comments."""
     from tabulate import tabulate
 
     text = [f"% {_line(heading(key))}", "% \\usepackage{booktabs}"]
-    for family, shown in parts(key, table).items():
+    for family, whole in parts(key, table, brief=True).items():
+        shown, said = folded(whole)
         rows = [[_line(cell) for cell in row] for row in shown.itertuples(index=False)]
         grid = tabulate(rows, list(shown.columns), tablefmt="latex_booktabs", disable_numparse=True)
+        for sign, command in (("±", r"$\pm$"), ("≤", r"$\le$"), ("–", "--")):
+            grid = grid.replace(sign, command)
         # A row that begins with a bracket would be an argument of the line break before it.
-        text += [f"% {_line(family)}"] if family else []
-        text.append(re.sub(r"^(\s*)\[", r"\1{[}", grid, flags=re.MULTILINE))
-    return "\n".join([*text, *(f"% {_line(note)}" for note in notes(table))]) + "\n"
+        grid = re.sub(r"^(\s*)\[", r"\1{[}", grid, flags=re.MULTILINE)
+        text += [f"% {_line(about)}" for about in (family, said) if about]
+        text.append(grid)
+    return "\n".join([*text, *(f"% {_line(note)}" for note in notes(table, brief=True))]) + "\n"
 
 
 def csv(table: pd.DataFrame) -> str:

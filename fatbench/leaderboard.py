@@ -121,8 +121,8 @@ def _view(part: pd.DataFrame) -> pd.DataFrame:
     return part.drop(columns=unwanted).reset_index(drop=True)
 
 
-def _as_on_the_shelf(record: Record) -> None:
-    """Refuses a record that bears a built-in protocol's name and did something else under it."""
+def as_on_the_shelf(record: Record) -> None:
+    """Raises Refused of a record that bears a built-in protocol's name and did something else under it."""
     name, version = record.protocol.name, record.protocol.version
     known = protocol.load(name) if name in protocol.shelf() else None
     if known is None or known.version != version:
@@ -139,7 +139,7 @@ def _as_on_the_shelf(record: Record) -> None:
 def _one_meaning_each(records: Iterable[Record]) -> None:
     meant: dict[tuple[str, int, str], tuple[str, dict[str, Any]]] = {}
     for record in records:
-        _as_on_the_shelf(record)
+        as_on_the_shelf(record)
         for attack, settings in record.protocol.attacks.items():
             key = (record.protocol.name, record.protocol.version, attack)
             first, theirs = meant.setdefault(key, (record.id, settings))

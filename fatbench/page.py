@@ -79,6 +79,7 @@ def _detail(record: Record) -> dict[str, Any]:
         "fingerprint": network.fingerprint, "seed": network.seed, "status": network.status, "epoch": network.epoch,
         "epochs": network.epochs, "fields": network.fields, "settings": settings, "run": run, "hash": record.hash,
         "correct": record.result.correct, "n": record.result.data.n, "stages": record.result.stages,
+        "checks": {name: doubt.said for name, doubt in record.result.doubts.items()},
         "warnings": record.result.warnings, "protocol": _protocol(record),
         "data": record.result.data.model_dump(mode="json", include={"name", "fingerprint", "rule", "of"}),
     }  # fmt: skip

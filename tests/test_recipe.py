@@ -344,7 +344,7 @@ def test_whatever_is_set_is_taken_or_refused_in_one_line(text: str) -> None:
         ({"eps": "8"}, "eps: '8' lies outside [0, 1]"), ({"eps": "8/0"}, "eps: '8/0' divides by zero"),
         ({"seed": -1}, "seed: "), ({"seed": 2**31}, "seed: "), ({"n_train": 0}, "n_train: "),
         ({"precision": "16"}, "precision: "), ({"augment": "flip"}, "augment: "),
-        ({"validation": 0}, "validation: "),
+        ({"validation": -0.1}, "validation: "),
         ({"validation": 1}, "validation: "), ({"momentum": 1}, "momentum: "),
         ({"momentum": -0.1}, "momentum: "), ({"momentum": math.nan}, "momentum: "),
         ({"weight_decay": -1}, "weight_decay: "),

@@ -22,12 +22,13 @@ const named = (row) => row.defense + (row.variant ? ` (${row.variant})` : "") + 
 const unknown = (row) => (row.source === "measured" ? "" : "unknown");
 
 function accuracy(row, attack) {
-  if (row.status !== "done") return attack === "clean" ? element("span", { class: "failed" }, row.status) : "–";
+  if (!["done", "bound"].includes(row.status)) return attack === "clean" ? element("span", { class: "failed" }, row.status) : "–";
   if (row.printed) return row.printed[attack] || "–";
   if (row[attack] === undefined) return "–";
   const bounds = element("small", {}, ` [${row[attack + "_low"].toFixed(1)}, ${row[attack + "_high"].toFixed(1)}]`);
   const spread = row.seeds > 1 ? ` ± ${row[attack + "_spread"].toFixed(1)}` : "";
-  return element("span", {}, row[attack].toFixed(1) + spread, bounds);
+  const most = row.status === "bound" && ["autoattack", "worst"].includes(attack) ? "≤ " : "";
+  return element("span", {}, most + row[attack].toFixed(1) + spread, bounds);
 }
 
 const duration = (s) => (s < 600 ? `${s.toFixed(0)} s` : s < 36000 ? `${(s / 60).toFixed(0)} min` : `${(s / 3600).toFixed(0)} h`);
@@ -216,7 +217,8 @@ function nameThem(svg, seen, x, y, y0, width) {
   // Names where they do not cover one another; the table has them all.
   const taken = [];
   for (const row of seen) {
-    const text = named(row);
+    const alike = seen.filter((other) => named(other) === named(row)).length > 1;
+    const text = named(row) + (alike && row.epochs !== undefined ? `, ${row.epochs} epochs` : "");
     const [w, left] = [7 * text.length, x(row.clean) + 9];
     for (const [at, anchor, top] of [[left, "start", y(row[y0]) - 7], [left, "start", y(row[y0]) + 15], [left - 18, "end", y(row[y0]) - 7], [left - 18, "end", y(row[y0]) + 15]]) {
       const box = anchor === "start" ? [at, top - 11, at + w, top + 3] : [at - w, top - 11, at, top + 3];
@@ -256,7 +258,7 @@ function record(id) {
   const right = data.attacks.filter(([name]) => name in said.correct).map(([name, title]) => `${title} ${said.correct[name]}/${said.n}`).join(", ");
   const stages = Object.entries(said.stages).map(([name, broke]) => `${name}: ${Object.entries(broke).map(([stage, k]) => `${stage} ${k}`).join(", ")}`).join("; ");
   const opened = element("details", {}, element("summary", {}, "Settings"), element("pre", {}, JSON.stringify({ ...said.settings, fields: said.fields }, null, 1)));
-  return [element("h3", {}, `Record ${id}`), list([["seed", said.seed], ["status", said.status === "done" ? "" : said.status], ["still right", right], ["broken first by", stages], ["warnings", said.warnings.join("; ")], ["weights", said.fingerprint], ["data", `${said.data.name}, ${said.data.rule} of ${said.data.of}, ${said.data.fingerprint}`], ["hash", said.hash], ["examined on", Object.values(said.run).join(", ")]]), opened];
+  return [element("h3", {}, `Record ${id}`), list([["seed", said.seed], ["status", said.status === "done" ? "" : said.status], ["still right", right], ["broken first by", stages], ["checks for masking", Object.entries(said.checks).map(([name, seen]) => `${name}: ${seen}`).join("; ")], ["warnings", said.warnings.join("; ")], ["weights", said.fingerprint], ["data", `${said.data.name}, ${said.data.rule} of ${said.data.of}, ${said.data.fingerprint}`], ["hash", said.hash], ["examined on", Object.values(said.run).join(", ")]]), opened];
 }
 
 const CURVES = [["val_natural", "Natural accuracy (validation), %", 100], ["val_pgd-10", "PGD-10 accuracy (validation), %", 100], ["steps_per_example", "Attack steps an example", 1], ["loss", "Loss", 1]];
