@@ -203,6 +203,8 @@ def evaluate(
     record = places.launched(fabric, examine_as_asked, network, options, out, save_adversarial)
     if speaks():
         _show_record(record)
+        if save_adversarial:
+            typer.echo(f"examples: {out / record.id}.adversarial.safetensors; fatbench verify counts them again")
         typer.echo(f"record: {out / record.id}.json; next: fatbench leaderboard {out}")
 
 
