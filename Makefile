@@ -1,12 +1,13 @@
 # make demo    the main job, from nothing: an environment, five networks on digits, the leaderboard
 # make test    the tests          make check   lint, types, contract
+# make gpu     what needs CUDA, skipped aloud without it
 # make bench   the benchmarks     make clean   takes away what these made, the environment too
 PYTHON ?= python3
 BIN := .venv/bin
 # The tests hold bits against bits: the same number of threads everywhere.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check bench clean
+.PHONY: demo test gpu check bench clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fatbench needs Python 3.11 or newer: make PYTHON=python3.11"'
@@ -20,6 +21,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/pytest -q
+
+gpu: .venv/ready
+	$(BIN)/pytest -q -m gpu -rs
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, ClassVar, Literal
@@ -12,6 +13,7 @@ from torch import nn
 from fatbench.autoattack import Watched, built, guarded, looked_at, perturbed, spares, stages
 from fatbench.errors import Refused
 from fatbench.evaluation import Attacked, Chunk, Staged, Work
+from fatbench.projection import quick_projection
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class AutoAttack(Staged):
                 looked_at(network, self.version, chunk.x, chunk.y)
             if dependable:
                 spares(library, network)
-            x_adv = perturbed(library, stage, chunk.x, chunk.y)
+            with quick_projection() if network.craft is not model else nullcontext():
+                x_adv = perturbed(library, stage, chunk.x, chunk.y)
         return Attacked(x_adv, network.forwards, network.backwards, tuple(dict.fromkeys(warnings)))
 
     def _library(self, network: nn.Module, chunk: Chunk, eps: float) -> Any:

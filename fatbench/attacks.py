@@ -142,7 +142,7 @@ class Now:
         self.asked = True
         return self._ascent(self.logits, self.target)
 
-    def grad_of(self, moving: Tensor) -> Tensor:
+    def grad_of(self, moving: Tensor | slice) -> Tensor:
         """The gradient of the rows that go on, (moving.sum(), C, H, W); the others' losses are left out of it."""
         if self.asked:
             return self.grad[moving]
@@ -331,7 +331,8 @@ def pgd(
             logits = network(point)
             forwards += len(which)
             now = Now(which, k, x[which], begin[which], point, y[which], logits, target[which], objective.loss)
-            moving = torch.ones_like(which, dtype=torch.bool) if stop is None else ~stop(now)
+            # A mask's count must be known before what it picks has a shape: with no rule nothing waits for the GPU.
+            moving = slice(None) if stop is None else ~stop(now)
             asked, which = len(which), which[moving]
             if not len(which):
                 backwards += asked if now.asked else 0

@@ -137,7 +137,8 @@ def load(
         if len(mean) != channels:
             raise Refused(f"--mean has {len(mean)} numbers, and the network in {source} takes {channels} channels")
         network = models.Normalised(network, mean, std)
-    described = meta or {"arch": factory or arch, "mean": mean, "std": std}
+    # A user's network may do other things with the weights of ours: it goes by its own name.
+    described = {**(meta or {"mean": mean, "std": std}), "arch": factory or arch}
     return Subject(network.eval(), described, fingerprint(network), runs.told(source.parent) if meta else None)
 
 

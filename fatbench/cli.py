@@ -184,25 +184,26 @@ def evaluate(
     source: Annotated[str | None, typer.Option(help="Who made the examples of --external, and how.")] = None,
     model_dir: Annotated[Path, typer.Option(help="Where RobustBench's models lie.")] = Path("models"),
     device: Device = "auto",
-    devices: Annotated[int, typer.Option(help="Processes; only 1 for now.")] = 1,
+    devices: Devices = None,
+    nodes: Nodes = None,
     out: Out = Path("records"),
 ) -> None:
     """Examine a network under a protocol; writes a record with per-example evidence."""
-    _one_process(devices)
     from fatbench import devices as places
-    from fatbench.asked import Network, asked
-    from fatbench.evaluate import evaluate as examine
+    from fatbench.asked import Network
+    from fatbench.shards import PATIENCE, examine_as_asked
 
     network = Network(ckpt, arch, model, _numbers(mean, "--mean"), _numbers(std, "--std"), str(model_dir))
-    wanted = asked(
-        network, dataset=dataset, protocol=protocol, attacks=attacks, eps=eps, external=external, source=source,
-        surrogate=surrogate, n=n, checked=checks, tier=tier.value, attack_precision=attack_precision.value,
-        layout=layout.value, balanced=balanced, seed=seed,
-    )  # fmt: skip
-    where = places.fabric_on(device).device
-    record = examine(wanted.task, out, device=where, keep_examples=save_adversarial, source=wanted.source)
-    _show_record(record)
-    typer.echo(f"record: {out / record.id}.json; next: fatbench leaderboard {out}")
+    options = {
+        "dataset": dataset, "protocol": protocol, "attacks": attacks, "eps": eps, "external": external,
+        "source": source, "surrogate": surrogate, "n": n, "checked": checks, "tier": tier.value,
+        "attack_precision": attack_precision.value, "layout": layout.value, "balanced": balanced, "seed": seed,
+    }  # fmt: skip
+    fabric = places.fabric_on(device, devices=devices, nodes=nodes, patience=PATIENCE)
+    record = places.launched(fabric, examine_as_asked, network, options, out, save_adversarial)
+    if speaks():
+        _show_record(record)
+        typer.echo(f"record: {out / record.id}.json; next: fatbench leaderboard {out}")
 
 
 @app.command()
@@ -504,11 +505,6 @@ def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
         return None if text is None else tuple(number(part.strip()) for part in text.split(","))
     except ValueError as error:
         raise Refused(f"{option} {text}: {error}") from None
-
-
-def _one_process(devices: int) -> None:
-    if devices != 1:
-        raise Refused(f"--devices {devices}: this version runs on one device")
 
 
 def _print_table(key: tuple[str, ...], table: pd.DataFrame) -> None:

@@ -12,6 +12,7 @@ import os
 import platform
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -44,7 +45,6 @@ def fabric_on(
     devices: int | None = None,
     nodes: int | None = None,
     *,
-    backend: str | None = None,
     patience: timedelta = timedelta(minutes=30),
 ) -> Fabric:
     """Lightning Fabric on a world of devices.
@@ -53,7 +53,6 @@ def fabric_on(
         device: auto, cpu, cuda, or cuda:1.
         precision: As Lightning names it.
         devices, nodes: As `world` takes them.
-        backend: Of torch.distributed; NCCL on GPUs, gloo on CPUs unless given.
         patience: How long a rank waits for the others before it gives up.
 
     Raises:
@@ -80,7 +79,7 @@ def fabric_on(
             "lower --devices (under SLURM ask for --gpus-per-node, not --gpus-per-task)"
         )
     method: Any = "popen" if around.started else "spawn"
-    strategy = DDPStrategy(start_method=method, process_group_backend=backend, timeout=patience, **_NO_BUFFERS)
+    strategy = DDPStrategy(start_method=method, timeout=patience, **_NO_BUFFERS)
     return Fabric(
         accelerator=kind,
         devices=around.devices,
@@ -109,10 +108,12 @@ def launched(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
         return work(fabric, *arguments)
     port = os.environ.get("MASTER_PORT")
     try:
-        outcome = fabric.launch(_outcome, work, *arguments)  # type: ignore[arg-type]
+        outcome = fabric.launch(partial(_outcome, work=work, arguments=arguments))
     except ProcessExitedException as error:
         how = error.signal_name or f"exit code {error.exit_code}"
-        raise RunFailed(f"process {error.error_index} was ended by {how}; --resume goes on") from error
+        raise RunFailed(
+            f"process {error.error_index} was ended by {how}; the same command goes on (train: with --resume)"
+        ) from error
     except ProcessRaisedException as error:
         last = str(error).strip().splitlines()[-1]
         raise RuntimeError(f"process {error.error_index}: {last}") from error
@@ -125,7 +126,7 @@ def launched(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
     return outcome  # type: ignore[no-any-return]
 
 
-def _outcome(fabric: Fabric, work: Callable[..., Any], *arguments: Any) -> Any:
+def _outcome(fabric: Fabric, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """What work returned, or how all ranks ended it: an exception's type would be lost between processes."""
     console.stderr.quiet = console.stdout.quiet = not fabric.is_global_zero
     try:

@@ -128,7 +128,8 @@ def train_mode(look: Look) -> Doubt:
     """Layers that go on learning, or look at an image's neighbours, while the network is examined."""
     before = {name: buffer.clone() for name, buffer in look.model.named_buffers()}
     with torch.no_grad():
-        together, alone = look.model(look.chunk.x), look.model(look.chunk.x[: max(1, look.n // 2)])
+        together, again = look.model(look.chunk.x), look.model(look.chunk.x)
+        alone = look.model(look.chunk.x[: max(1, look.n // 2)])
     moved = [name for name, buffer in look.model.named_buffers() if not torch.equal(buffer, before[name])]
     drift = float((together[: len(alone)] - alone).abs().max() / together.abs().max().clamp(min=1e-12))
     for layers, what in (
@@ -138,6 +139,8 @@ def train_mode(look: Look) -> Doubt:
     ):
         if layers:
             return Doubt(True, f"{layers[0]} (of {len(layers)}) {what}")
+    if not torch.allclose(together, again, rtol=1e-3):
+        return Doubt(False, "no layer is in train mode; its answers are random, and not compared")
     return Doubt(not drift <= 1e-3, f"without its neighbours an image's logits differ by {drift:.2g} of the largest")
 
 

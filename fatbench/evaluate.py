@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import re
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     keep_examples: bool = False,
     source: dict[str, Any] | None = None,
+    shared: dict[str, Any] | None = None,
 ) -> Record:
     """Carries out an examination, or what is left of it, and writes its record into `out`.
 
@@ -44,38 +46,80 @@ def evaluate(
     Args:
         keep_examples: Also write `ID.adversarial.safetensors`: for each example the one that broke it.
         source: Where network and data were taken from, for `run`.
+        shared: What `run` says of several processes that have done the steps (fatbench/shards.py).
 
     Raises:
         Refused: a network that does not fit the data, or files in `out` that belong to another examination.
     """
-    plan = task.plan()
-    whole = plan if task.tier == "full" else task.whole().plan()
-    ident, state = _ident(task, plan), _ident(task, whole)
-    partial = out / f"{state}.partial.jsonl"
-    for name, one in {state: whole, ident: plan}.items():
-        if (out / f"{name}.json").exists() and (not keep_examples or evidence.path(out, name).exists()):
-            record = _same(out / f"{name}.json", one)
-            if name == state:
-                partial.unlink(missing_ok=True)  # of a kill between the record and the clearing away
-            return record
-    if plan["network"]["status"].startswith("failed"):
+    state = State.of(task, out)
+    plan, ident = state.plan, state.ident
+    if record := state.finished(keep_examples):
+        return record
+    if state.failed:
         return write(out, _said(ident, plan, None, {}), None)
     model = task.subject.model.to(device, torch.float32)
     fits(model, task.data, device)
     with disk(out):
         out.mkdir(parents=True, exist_ok=True)
-    with locked(out / f".{state}.lock", f"on {out / state}.json"):
-        ledger, began = Ledger(partial, digest(whole), evidence=keep_examples), time.perf_counter()
+    with locked(out / f".{state.name}.lock", f"on {out / state.name}.json"):
+        ledger, began = Ledger(state.ledger, state.digest, evidence=keep_examples), time.perf_counter()
         examine(task, model, ledger, device)
         rows = task.rows()
         found = gathered(ledger, rows, task.data.y_test[rows].numpy(), task.stages(), checked=bool(plan.get("checked")))
-        said = _said(ident, plan, found, _run(task, device, time.perf_counter() - began, found, ledger, source))
+        run = _run(task, device, time.perf_counter() - began, found, ledger, source)
+        said = _said(ident, plan, found, run | (shared or {}))
         if keep_examples:
             evidence.save(evidence.path(out, ident), task, ledger, said["result"])
         record = write(out, said, found.table)
-        if ident == state:
+        if ident == state.name:
             ledger.close()
         return record
+
+
+@dataclass(frozen=True)
+class State:
+    """Where an examination's record and its ledger lie in `out`.
+
+    Attributes:
+        plan, ident: Of the examination itself.
+        whole, name: Of the whole one that it is a part of, whose ledger it shares.
+    """
+
+    out: Path
+    plan: dict[str, Any]
+    ident: str
+    whole: dict[str, Any]
+    name: str
+
+    @classmethod
+    def of(cls, task: Examination, out: Path) -> State:
+        plan = task.plan()
+        whole = plan if task.tier == "full" else task.whole().plan()
+        return cls(out, plan, _ident(task, plan), whole, _ident(task, whole))
+
+    @property
+    def ledger(self) -> Path:
+        return self.out / f"{self.name}.partial.jsonl"
+
+    @property
+    def digest(self) -> str:
+        return digest(self.whole)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the network failed in training."""
+        return bool(self.plan["network"]["status"].startswith("failed"))
+
+    def finished(self, keep_examples: bool) -> Record | None:
+        """The record, where there is one already."""
+        for name, one in {self.name: self.whole, self.ident: self.plan}.items():
+            path = self.out / f"{name}.json"
+            if path.exists() and (not keep_examples or evidence.path(self.out, name).exists()):
+                record = _same(path, one)
+                if name == self.name:
+                    self.ledger.unlink(missing_ok=True)  # of a kill between the record and the clearing away
+                return record
+        return None
 
 
 def _ident(task: Examination, plan: dict[str, Any]) -> str:

@@ -28,9 +28,12 @@ from fatbench.swift import swift
 Outcome = tuple[dict[str, Any], Tensor]
 
 
-def examine(task: Examination, model: nn.Module, ledger: Ledger, device: torch.device | str) -> None:
-    """Carries out what the ledger does not hold yet."""
-    steps = task.steps()
+def examine(
+    task: Examination, model: nn.Module, ledger: Ledger, device: torch.device | str, share: tuple[int, int] = (0, 1)
+) -> None:
+    """Carries out what the ledger does not hold yet, of every `of` chunks the one at `rank`: share = (rank, of)."""
+    rank, of = share
+    steps = [step for step in task.steps() if step.chunk % of == rank]
     left = [step for step in steps if step not in ledger.entries]
     if not left:
         return

@@ -56,10 +56,10 @@ def standing(folder: Path) -> Standing:
     note = read_json(folder / "state.json", "job's state")
     if note["state"] != "running":
         return Standing(note["state"], note.get("reason", ""))
-    done = len(read_lines(folder / "run" / "metrics.jsonl"))
+    far = f"{len(read_lines(folder / 'run' / 'metrics.jsonl'))} of {runs.settings_in(folder).epochs} epochs done"
     if _held(folder / ".lock"):
-        return Standing("running", f"process {note['pid']} on {note['host']}, {done} epochs done")
-    return Standing("failed", f"killed: process {note['pid']} on {note['host']} is gone, {done} epochs done")
+        return Standing("running", f"process {note['pid']} on {note['host']}, {far}")
+    return Standing("failed", f"killed: process {note['pid']} on {note['host']} is gone, {far}")
 
 
 def _held(path: Path) -> bool:

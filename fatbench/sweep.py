@@ -193,8 +193,9 @@ def _launch(
     start: Callable[[Path, str], list[str]], folder: Path, device: str, workers: int
 ) -> subprocess.Popen[bytes]:
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    own = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}  # not one of SLURM's tasks
     with (folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(start(folder, device), stdout=log, stderr=log, env={**threads, **os.environ})
+        return subprocess.Popen(start(folder, device), stdout=log, stderr=log, env={**threads, **own})
 
 
 def _write_off(folder: Path, process: subprocess.Popen[bytes]) -> None:

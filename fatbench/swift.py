@@ -95,8 +95,11 @@ def _bf16_within(network: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _agrees(copy: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor, precision: Precision) -> bool:
-    theirs, ours = model(x), copy(x)
+    return _alike(copy(x), model(x), AGREEMENT[precision])
+
+
+def _alike(ours: Tensor, theirs: Tensor, agreement: float) -> bool:
     if ours.shape != theirs.shape or not torch.isfinite(ours).all():
         return False
     theirs, ours = theirs - theirs.mean(dim=1, keepdim=True), ours - ours.mean(dim=1, keepdim=True)
-    return bool((ours - theirs).abs().max() <= AGREEMENT[precision] * theirs.abs().max())
+    return bool((ours - theirs).abs().max() <= agreement * theirs.abs().max())

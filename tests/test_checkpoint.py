@@ -520,6 +520,14 @@ def test_a_factory_builds_the_network_that_the_weights_fill(foreign: tuple[Path,
     assert not subject.model.training
 
 
+def test_a_users_network_on_our_weights_goes_by_its_own_name(net: nn.Module, path: Path, tmp_path: Path) -> None:
+    checkpoint.save(path, net, META)
+    layers = f"{type(net).__name__}({META['classes']}, {META['channels']})"
+    (tmp_path / "mine.py").write_text(f"from fatbench.models import *\ndef make(): return {layers}\n")
+    factory = f"{tmp_path / 'mine.py'}:make"
+    assert checkpoint.load(path, factory=factory).meta == {**checkpoint.load(path).meta, "arch": factory}
+
+
 def test_a_network_that_is_an_attribute_of_its_module_is_filled_too(foreign: tuple[Path, Path]) -> None:
     weights, file = foreign
     state = {f"model.{key}": value for key, value in torch.load(weights).items()}

@@ -87,7 +87,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("train", "fat", "--nodes", "2"), "MASTER_ADDR"),
         (("train", "fat", "--sync-bn"), "for GPUs only"),
         (("train", "fat", "--set", "ranks=2"), "2 processes and there are 1"),
-        (("evaluate", "nowhere", "--devices", "2"), "one device"),
         (("train", "fat", "--precision", "8-bit"), "32-true"),
         (("train", "fat", "--recipe", "no.toml"), "cannot read the recipe no.toml"),
         (("train", "fat", "--recipe", "nope"), "unknown recipe"),
@@ -111,6 +110,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("show", "record", "nowhere.json"), "no record at nowhere.json"),
         (("check", "fast"), "did you mean fat"),
         (("demo", "--eps", "1/0"), "divides by zero"),
+        (("sweep", "nowhere.toml"), "cannot read the recipe nowhere.toml"),
+        (("sweep", "fig-4-small"), "did you mean fig-4-small-cnn"),
+        (("sweep", "fig-4-small-cnn", "--workers", "0"), "greater than or equal to 1"),
+        (("status", "nowhere"), "no sweep at nowhere"),
+        (("job", "nowhere"), "nowhere holds no job"),
         (("frobnicate",), "No such command"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
@@ -235,7 +239,7 @@ def test_ctrl_c_exits_130_and_the_run_goes_on(tmp_path: Path) -> None:
 
 def test_help_and_version(cli: Cli, here: Cli) -> None:
     assert cli("--version").stdout == f"fatbench {__version__}\n"
-    for command in ("train", "evaluate", "leaderboard", "list", "show", "check", "demo"):
+    for command in ("train", "evaluate", "leaderboard", "list", "show", "check", "demo", "sweep", "status"):
         told = here(command, "--help")
         assert told.returncode == 0
         assert "Usage: " in told.stdout

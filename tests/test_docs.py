@@ -8,10 +8,14 @@ import subprocess
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from fatbench import catalogue, protocol, recipe, record
+from fatbench.autoattack import STAGES
+from fatbench.doubts import CHECKS
+from fatbench.examination import Tier
 from fatbench.registry import defenses, evaluations
 
 
@@ -47,9 +51,9 @@ def test_every_command_in_the_docs_names_what_exists(root: Path) -> None:
     assert commands(root)
     for command in commands(root):
         words = command.split()
-        assert words[1] in {"train", "evaluate", "leaderboard", "compare", "plot", "list", "show", "check", "demo"}, (
-            command
-        )
+        assert words[1] in {
+            "train", "evaluate", "leaderboard", "compare", "plot", "list", "show", "check", "demo", "sweep", "status",
+        }, command  # fmt: skip
         for word, value in pairwise(words):
             if word == "check" != words[1]:
                 continue  # leaderboard check takes records
@@ -100,3 +104,9 @@ def test_every_command_on_boards_runs(
     refused = "check" in words and "cannot go on a board" in done.stderr
     assert done.returncode == 0 or refused, done.stderr
     assert done.stdout
+
+
+def test_every_check_and_tier_is_explained(root: Path) -> None:
+    text = (root / "docs" / "autoattack.md").read_text()
+    rows = re.findall(r"^\| ([a-z0-9-]+) \|", text, flags=re.M)
+    assert {*CHECKS, "square-below-white-box", *get_args(Tier), *STAGES} <= set(rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -35,10 +36,18 @@ def finish(process: subprocess.Popen[str]) -> float:
     return time.monotonic() - began
 
 
-def struck(kills: int, seconds: float, chance: random.Random, command: Command, tmp_path: Path) -> Iterator[Path]:
+def struck(
+    kills: int,
+    seconds: float,
+    chance: random.Random,
+    command: Command,
+    tmp_path: Path,
+    heard: list[str] | None = None,
+) -> Iterator[Path]:
     """Runs the command in one folder after another until `kills` kills have hit it at work; yields those finished.
 
-    `seconds` is what it takes undisturbed. Each run is killed at a random moment, and started again, until it is done.
+    `seconds` is what it takes undisturbed, `heard` gets what each run said. Each run is killed at a random moment, and
+    started again, until it is done.
     """
     hits = number = 0
     while hits < kills:
@@ -48,7 +57,9 @@ def struck(kills: int, seconds: float, chance: random.Random, command: Command, 
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             hits += 1
-        process.communicate(timeout=60)
+        _, said = process.communicate(timeout=60)
+        if heard is not None:
+            heard.append(said)
         if process.returncode == 0 or hits == kills:
             finish(fatbench(*command(out)))
             yield out
@@ -82,13 +93,23 @@ def test_an_examination_killed_at_random_ends_with_the_same_result(tmp_path: Pat
     short = ("--epochs", 4, "--n-train", 400, "--batch-size", 64, "--lr", 0.1, "--device", "cpu")
     finish(fatbench("train", "fat", *short, "--out", tmp_path / "run"))
 
+    done: list[int] = []
+
     def command(out: Path) -> tuple[object, ...]:
-        return ("evaluate", tmp_path / "run", "--device", "cpu", "--out", out)
+        (ledger,) = [*out.glob("*.partial.jsonl")] or [None]
+        done.append(len(ledger.read_text().splitlines()) - 1 if ledger else 0)
+        return ("evaluate", tmp_path / "run", "--device", "cpu", "--n", 200, "--out", out)
 
     def found(out: Path) -> tuple[object, object]:
         record = json.loads(next(out.glob("*.json")).read_text())
         return record["result"], record["hash"]
 
     seconds = finish(fatbench(*command(tmp_path / "whole")))
-    for out in struck(-(-KILLS * 2 // 3), seconds, random.Random(3), command, tmp_path):
+    heard: list[str] = []
+    begun: list[int] = []
+    for out in struck(-(-KILLS * 2 // 3), seconds, random.Random(3), command, tmp_path, heard):
         assert found(out) == found(tmp_path / "whole")
+        begun, done[1:] = [*begun, *done[1:-1]], []  # the last run of each folder is not among those heard
+    for said, steps in zip(heard, begun, strict=True):
+        where = re.search(r"resuming at chunk \d+, [a-z0-9-]+( [a-z-]+)?: (\d+) of \d+ steps are done", said)
+        assert where is None or abs(int(where[2]) - steps) <= 1  # a line that the kill cut off is not counted

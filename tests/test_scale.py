@@ -17,12 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fatbench import checkpoint, console, trainer
+from fatbench import checkpoint, console, recipe, trainer
+from fatbench.attacks import Friendly, natural, pgd
 from fatbench.errors import Refused
 from fatbench.registry import defenses
 from fatbench.team import Team
-from fatbench.world import World, world
+from fatbench.world import World
+from fatbench.world import world as around
 
 pytestmark = pytest.mark.timeout(240)  # what goes wrong among processes shows as a hang
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -183,21 +186,52 @@ def test_levelling_leaves_a_lone_rank_and_frozen_layers_as_they_are() -> None:
     assert net[1].running_mean.tolist() == [1, 1]
 
 
+class Waits(TorchDispatchMode):
+    """Counts what makes a host wait for its GPU: reading a number, and picking by a mask."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = [t for t in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else []) if is_mask(t)]
+        self.count += bool(masks) or str(func) in ("aten.nonzero.default", "aten._local_scalar_dense.default")
+        return func(*args, **(kwargs or {}))
+
+
+def is_mask(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool
+
+
+def test_crafting_without_a_stop_rule_never_waits_for_a_device(world: Any) -> None:
+    net, x, y = world
+    with Waits() as waits:
+        pgd(net, x, y, eps=0.1, step_size=0.02, steps=5, start=natural)
+        assert waits.count == 0
+        pgd(net, x, y, eps=0.1, step_size=0.02, steps=5, start=natural, stop=Friendly(5, y))
+        assert waits.count > 0
+
+
+def test_synchronised_batchnorm_is_refused_where_ranks_would_wait_for_ever() -> None:
+    two_gpus: Any = SimpleNamespace(world_size=2, device=torch.device("cuda"))
+    trainer._fits(recipe.resolve("fat", ranks=2, sync_bn=True), two_gpus)
+    with pytest.raises(Refused, match="cat crafts in train mode"):
+        trainer._fits(recipe.resolve("cat", ranks=2, sync_bn=True), two_gpus)
+
+
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4", "RANK": "3"}
 SLURM = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "3"}
 
 
 @pytest.mark.parametrize("env", [TORCHRUN, SLURM], ids=["torchrun", "SLURM"])
 def test_the_world_is_what_the_launcher_started(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert world() == World(1, 1, started=False)
+    assert around() == World(1, 1, started=False)
     assert console.speaks()
     for key, value in env.items():
         monkeypatch.setenv(key, value)
-    assert world() == world(2, 2) == World(2, 2, started=True)
-    assert world().size == 4
+    assert around() == around(2, 2) == World(2, 2, started=True)
+    assert around().size == 4
     assert not console.speaks()
     with pytest.raises(Refused, match="has started 2 processes on each of 2 nodes; leave both"):
-        world(devices=4)
+        around(devices=4)
 
 
 @pytest.mark.parametrize(
@@ -212,10 +246,10 @@ def test_a_lopsided_world_is_refused(env: dict[str, str], told: str, monkeypatch
     for key, value in env.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(Refused, match=told):
-        world()
+        around()
 
 
 def test_an_interactive_allocation_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {**SLURM, "SLURM_JOB_NAME": "interactive"}.items():
         monkeypatch.setenv(key, value)
-    assert world() == World(1, 1, started=False)
+    assert around() == World(1, 1, started=False)

@@ -156,7 +156,8 @@ def test_a_job_at_work_is_left_alone_and_a_dead_one_is_seen(tmp_path: Path) -> N
         with pytest.raises(Refused, match="another process is at work at the job"):
             job.carry_out(folder, lambda folder: None)
     assert (
-        standing(folder).said == f"killed: process {os.getpid()} on {job.socket.gethostname()} is gone, 0 epochs done"
+        standing(folder).said
+        == f"killed: process {os.getpid()} on {job.socket.gethostname()} is gone, 0 of 1 epochs done"
     )
     assert sweep.open_jobs([folder]) == [folder]
 

@@ -15,6 +15,7 @@ from fatbench.attacks import pgd
 from fatbench.checkpoint import Subject
 from fatbench.errors import Refused
 from fatbench.evaluate import Examination, evaluate
+from fatbench.projection import projected
 from fatbench.protocol import Protocol
 from fatbench.registry import evaluations
 from fatbench.swift import swift
@@ -99,6 +100,21 @@ def test_a_network_that_cannot_be_traced_is_copied_whole(net: nn.Module, digits:
     assert copy is not None
     with torch.no_grad():
         torch.testing.assert_close(copy(digits.x_test[:8]), net(digits.x_test[:8]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("far", [0.1, 3.0, 30.0, 300.0])
+def test_the_projection_is_the_librarys_without_its_sort(scale: float, far: float) -> None:
+    from pyautoattack.fab_projections import projection_linf
+
+    x = torch.rand(16, 300)
+    x[:, :50], x[:, 50:80] = 0, 1
+    w = scale * torch.randn(16, 300)
+    w[:, ::50] = 0
+    b = (w * x).sum(dim=1) + far * scale * torch.randn(16)  # the farthest cannot be reached within the box
+    move = projected(x, w, b)
+    torch.testing.assert_close(move, projection_linf(x, w, b), rtol=1e-5, atol=1e-6)
+    assert projected(x, torch.zeros_like(w), b).abs().max() == 0
 
 
 # ------------------------------------------------------------------------------------------------ in an examination
