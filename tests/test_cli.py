@@ -173,7 +173,7 @@ def test_train_evaluate_leaderboard(here: Cli, tmp_path: Path) -> None:
     (path,) = (tmp_path / "records").glob("*.json")
     ranked = here("leaderboard")
     assert ranked.returncode == 0, ranked.stderr
-    assert "digits, linf, eps 0.3, fatbench-linf v1" in ranked.stdout
+    assert "digits, linf, eps 0.3, fatbench-linf v2" in ranked.stdout
     assert (tmp_path / "board" / "index.md").exists()
     record = json.loads(path.read_text())
     assert record["result"]["network"]["seed"] == 3
