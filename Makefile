@@ -19,8 +19,9 @@ export OMP_NUM_THREADS ?= 2
 demo: .venv/ready
 	$(BIN)/fatbench demo --out demo
 
+# A file at a time on each core, one thread each.
 test: .venv/ready
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses auto --dist loadfile
 
 gpu: .venv/ready
 	$(BIN)/pytest -q -m gpu -rs
