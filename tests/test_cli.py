@@ -222,8 +222,10 @@ def test_ctrl_c_exits_130_and_the_run_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["train", "fat", "--epochs", "400", "--n-train", "200", "--out", str(out)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "fatbench", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "fatbench", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # Where the tests themselves run in the background, Ctrl-C is ignored, and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )  # fmt: skip
     for _ in range(600):
         if (out / "resume.pt").exists():
             break
