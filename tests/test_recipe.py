@@ -167,7 +167,7 @@ def test_thirds_of_a_run_are_exact() -> None:
         (CountSchedule, [["0", 0.5]]), (CountSchedule, "1/2"), (CountSchedule, [["0"]]), (EpsSchedule, [["0", "2"]]),
         (EpsSchedule, [["0", "8/0"]]), (EpsSchedule, "8/255"), (EpsSchedule, [["3/2", "8/255"]]),
     ],
-    ids=str,
+    ids=lambda value: ("counts" if value is CountSchedule else "budgets" if value is EpsSchedule else str(value)),
 )  # fmt: skip
 def test_a_schedule_that_does_not_start_at_nought_and_rise_is_refused(kind: Any, bad: object) -> None:
     with pytest.raises(ValidationError):
