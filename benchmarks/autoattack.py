@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", help="CIFAR-10 as path.npz")
     parser.add_argument("--n", type=int, default=512)
-    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--chunk", type=int, default=250, help="examples attacked together; 250 in both")
     parser.add_argument("--seconds", type=float, default=60, help="CPU seconds of training")
     parser.add_argument("--width", type=int, default=32)
     given = parser.parse_args()
