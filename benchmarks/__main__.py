@@ -16,12 +16,13 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks import evaluation, floor, training
-from benchmarks.timing import HEAD, ratios, row, told
+from benchmarks.timing import HEAD, over, row, told, turns
 from benchmarks.worlds import BATCHES
 
 
@@ -29,8 +30,9 @@ def startup(rounds: int) -> Iterator[dict[str, Any]]:
     def start(*command: str) -> Callable[[], object]:
         return partial(subprocess.run, [sys.executable, *command], check=True, capture_output=True)
 
-    found = ratios(start("-c", "import torch"), start("-m", "fatbench", "--help"), rounds)
-    yield row("startup", "import torch", "", found, note="fatbench --help")
+    times = turns({"torch": start("-c", "import torch"), "help": start("-m", "fatbench", "--help")}, rounds)
+    told = f"fatbench --help, {median(times['help']):.2f} s"
+    yield row("startup", "import torch", "", over(times["torch"], times["help"]), note=told)
 
 
 def measured(kinds: set[str], models: list[str], rounds: int) -> Iterator[dict[str, Any]]:
