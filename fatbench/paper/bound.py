@@ -35,7 +35,7 @@ from fatbench import data, recipe
 from fatbench.attacks import Friendly, cw_margin, pgd, uniform
 from fatbench.draws import Draws
 from fatbench.paper.claims import Claim, Finding, mean_interval, sided
-from fatbench.paper.pictured import logits_of, rounded, trained
+from fatbench.paper.pictured import grouped, logits_of, rounded, trained
 from fatbench.plots import COLOURS, DASHES, MARKERS, STYLE
 from fatbench.quantities import number
 
@@ -70,13 +70,8 @@ def measured(
             where = next(net.parameters()).device
             for name, value in {"epoch": epoch, **bounds(net, x.to(where), y.to(where), eps)}.items():
                 curves[name].append(value)
-    evidence: dict[str, Any] = rounded(
-        {
-            "figure": "theorem1", "dataset": dataset, "arch": settings.arch, "defense": defense, "seed": seed,
-            "epochs": epochs, "eps": settings.eps, "n": len(y), "curves": curves,
-        }
-    )  # fmt: skip
-    return evidence
+    said = {"figure": "theorem1", "dataset": dataset, "arch": settings.arch, "defense": defense, "seed": seed}
+    return rounded({**said, "epochs": epochs, "eps": settings.eps, "n": len(y), "curves": curves})
 
 
 def bounds(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, float]:
@@ -121,18 +116,17 @@ def _strong(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> Iterator[Tensor
 
 
 def drawn(evidence: Sequence[dict[str, Any]]) -> Figure:
-    """The bounds and the risk over the longest runs, a panel for each contestant: the seeds' median, and their range."""
+    """The bounds and the risk over the longest runs, a panel for each contestant: the seeds' median and range."""
     longest = max(one["epochs"] for one in evidence)
-    panels = {name: [one for one in evidence if (one["defense"], one["epochs"]) == (name, longest)] for name in TRAINED}
+    panels = grouped([one for one in evidence if one["epochs"] == longest], "defense")
     first = evidence[0]
     with rc_context(STYLE):
-        figure = Figure(figsize=(9, 4))
-        axes = figure.subplots(1, len(panels), sharey=True)
-        seeds = len(panels[TRAINED[0]])
-        figure.suptitle(f"Bounds of the risk on {first['dataset']}, eps {first['eps']}, {seeds} seeds", fontsize=9)
-        for axis, (name, seeds_of) in zip(axes, panels.items(), strict=True):
-            _curves(axis, [one["curves"] for one in seeds_of])
-            axis.set_title(f"trained by {name}", fontsize=8, loc="left")
+        figure = Figure(figsize=(4.2 * len(panels) + 0.6, 4))
+        (axes,) = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+        figure.suptitle(f"Bounds of the risk on {first['dataset']}, eps {first['eps']}", fontsize=9)
+        for axis, ((name,), runs) in zip(axes, panels.items(), strict=True):
+            _curves(axis, [one["curves"] for one in runs])
+            axis.set_title(f"trained by {name}, {len(runs)} seeds", fontsize=8, loc="left")
             axis.set(xlabel="epoch", yscale="log")
         axes[0].set_ylabel("risk, and bounds of it, 1 = all")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
@@ -155,10 +149,8 @@ def _curves(axis: Axes, seeds: Sequence[dict[str, list[float]]]) -> None:
 
 def found(evidence: Sequence[dict[str, Any]]) -> list[Finding]:
     """The verdicts for each contestant and budget: the smallest distance of a run, by a t interval over seeds."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for one in evidence:
-        groups.setdefault((one["defense"], one["epochs"]), []).append(one)
-    return [finding for runs in groups.values() for finding in _found_of(runs)]
+    groups = grouped(evidence, "defense", "epochs").values()
+    return [finding for runs in groups for finding in _found_of(runs)]
 
 
 def _found_of(runs: Sequence[dict[str, Any]]) -> Iterator[Finding]:

@@ -43,25 +43,24 @@ class Plane(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
 
 
-def measured(seed: int, *, n: int = N, eps: float = EPS) -> dict[str, Any]:
-    """One sample of two moons, a network trained on it, and the two attacks: figures and what is drawn, plain JSON."""
+def measured(seed: int, *, picture: bool = True, n: int = N, eps: float = EPS) -> dict[str, Any]:
+    """Two moons, a network trained on them, and the two attacks: plain JSON, with `picture` also what is drawn."""
     x, y = _moons(seed, n)
     net = _trained(x, y, seed)
-    attack = {"eps": eps, "step_size": eps / 10, "steps": STEPS, "start": natural}
+    attack: dict[str, Any] = {"eps": eps, "step_size": eps / 10, "steps": STEPS, "start": natural}
     sets = {
         "natural": x,
-        "pgd": pgd(net, x, y, **attack).x_adv,  # type: ignore[arg-type]
-        "friendly": pgd(net, x, y, **attack, stop=Friendly(0, y)).x_adv,  # type: ignore[arg-type]
+        "pgd": pgd(net, x, y, **attack).x_adv,
+        "friendly": pgd(net, x, y, **attack, stop=Friendly(0, y)).x_adv,
     }
-    figures = {name: _figures(net, x, point, y, eps) for name, point in sets.items()}
-    evidence: dict[str, Any] = rounded(
-        {
-            "figure": "fig1", "seed": seed, "n": n, "eps": eps, "steps": STEPS, "updates": UPDATES,
-            "figures": figures, "labels": y.tolist(), "field": _field(net),
-            "points": {name: point.flatten(1).tolist() for name, point in sets.items()},
-        }
-    )  # fmt: skip
-    return evidence
+    evidence: dict[str, Any] = {
+        "figure": "fig1", "seed": seed, "n": n, "eps": eps, "steps": STEPS, "updates": UPDATES,
+        "figures": {name: _figures(net, x, point, y, eps) for name, point in sets.items()},
+    }  # fmt: skip
+    if picture:
+        places = {name: point.flatten(1).tolist() for name, point in sets.items()}
+        evidence["picture"] = {"labels": y.tolist(), "field": _field(net), "points": places}
+    return rounded(evidence)
 
 
 def _moons(seed: int, n: int) -> tuple[Tensor, Tensor]:
@@ -122,17 +121,18 @@ def _field(net: nn.Module) -> list[list[float]]:
 
 
 def drawn(evidence: Sequence[dict[str, Any]]) -> Figure:
-    """The first seed's points: natural, PGD's, early-stopped PGD's, over the decision boundary."""
-    one = evidence[0]
-    side = np.linspace(0, 1, len(one["field"]))
+    """The first points that were kept: natural, PGD's, early-stopped PGD's, over the decision boundary."""
+    one = next(one for one in evidence if "picture" in one)
+    field, labels = one["picture"]["field"], one["picture"]["labels"]
+    side = np.linspace(0, 1, len(field))
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 3.4))
         axes = figure.subplots(1, 3, sharex=True, sharey=True)
         figure.suptitle(f"Two moons, eps {one['eps']}, a network trained on the natural points", fontsize=9)
         for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
-            axis.contourf(side, side, one["field"], levels=[-1e9, 0, 1e9], colors=["#dceaf5", "#fbe5d6"])
-            axis.contour(side, side, one["field"], levels=[0], colors="black", linewidths=1)
-            scatter(axis, one["points"][name], one["labels"])
+            axis.contourf(side, side, field, levels=[-1e9, 0, 1e9], colors=["#dceaf5", "#fbe5d6"])
+            axis.contour(side, side, field, levels=[0], colors="black", linewidths=1)
+            scatter(axis, one["picture"]["points"][name], labels)
             said = one["figures"][name]
             axis.set_title(
                 f"{title}\nfar over {said['far']:.0f} %, among the other class {said['crossed']:.0f} %", fontsize=8

@@ -26,7 +26,7 @@ from fatbench.attacks import Friendly, crafting, natural, pgd
 from fatbench.data import Data, balanced_order
 from fatbench.errors import Refused, unknown
 from fatbench.paper.claims import Claim, Finding, sided, within
-from fatbench.paper.pictured import difference, rounded, scatter, strangers, trained
+from fatbench.paper.pictured import difference, grouped, rounded, scatter, strangers, trained
 from fatbench.plots import STYLE
 from fatbench.quantities import number
 
@@ -81,40 +81,49 @@ def claims(figure: str) -> tuple[Claim, Claim, Claim]:
 
 
 def measured(
-    dataset: str, seed: int, *, figure: str = "fig3", arch: str | None = None, epochs: int = EPOCHS,
-    lr: float = 0.1, batch_size: int = 64, device: str = "auto",
+    dataset: str, seed: int, *, figure: str = "fig3", picture: bool = True, arch: str | None = None,
+    epochs: int = EPOCHS, lr: float = 0.1, batch_size: int = 64, device: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Trains on natural images, attacks training images of the shown classes, looks inside: plain JSON.
 
     Raises:
         Refused: an unknown figure, or a dataset without the classes that it shows.
     """
-    if figure not in FIGURES:
-        raise unknown("figure of layers", figure, FIGURES)
-    spec, loaded = FIGURES[figure], data.load(dataset)
-    if loaded.classes <= max(spec.classes):
-        raise Refused(f"{figure} shows the classes {spec.classes}, {dataset} has {loaded.classes}: use another dataset")
+    spec, loaded = _asked(figure, dataset)
     settings = recipe.resolve(
         "standard", dataset=dataset, arch=arch, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed
     )
     shown = _of_classes(loaded, spec.classes)
     *_, (_, net) = trained(settings, shown if spec.alone else loaded, device)
     x, y = _balanced(shown)
+    labels = y if spec.alone else torch.tensor(spec.classes)[y]
     where = next(net.parameters()).device
-    x, y = x.to(where), y.to(where)
-    labels = y if spec.alone else torch.tensor(spec.classes, device=where)[y]
-    sets = _attacked(net, x, labels, number(settings.eps))
-    inside = {name: _layers(net, point, spec.layers) for name, point in sets.items()}
-    evidence: dict[str, Any] = rounded(
-        {
-            "figure": figure, "dataset": dataset, "arch": settings.arch, "seed": seed, "epochs": epochs,
-            "eps": settings.eps, "n": len(y), "labels": [spec.classes[label] for label in _first(y).tolist()],
+    sets = _attacked(net, x.to(where), labels.to(where), number(settings.eps))
+    inside = {which: _layers(net, found, spec.layers) for which, found in sets.items()}
+    layers = [_layer(name, {which: inside[which][name] for which in sets}, y) for name in inside["natural"]]
+    said = {"figure": figure, "dataset": dataset, "arch": settings.arch, "seed": seed, "epochs": epochs}
+    evidence = {**said, "eps": settings.eps, "n": len(y), "layers": layers}
+    if picture:
+        first = SHOWN * len(spec.classes)
+        evidence["picture"] = {
+            "labels": [spec.classes[label] for label in y[:first].tolist()],
             "layers": [
-                _layer(name, {which: inside[which][name] for which in sets}, y, spec.by) for name in inside["natural"]
+                _embedded({which: inside[which][name][:first] for which in sets}, spec.by) for name in inside["natural"]
             ],
         }
-    )  # fmt: skip
-    return evidence
+    return rounded(evidence)
+
+
+def _asked(figure: str, dataset: str) -> tuple[Spec, Data]:
+    if figure not in FIGURES:
+        raise unknown("figure of layers", figure, FIGURES)
+    spec, loaded = FIGURES[figure], data.load(dataset)
+    if loaded.classes <= max(spec.classes):
+        raise Refused(
+            f"{spec.place} shows the classes {', '.join(map(str, spec.classes))}, and {dataset} has {loaded.classes}: "
+            "use a dataset with as many"
+        )
+    return spec, loaded
 
 
 def _of_classes(loaded: Data, classes: Sequence[int]) -> Data:
@@ -136,11 +145,6 @@ def _balanced(shown: Data) -> tuple[Tensor, Tensor]:
     per = [rows[shown.y_train[rows] == label][: most // shown.classes] for label in range(shown.classes)]
     order = torch.stack(per, dim=1).flatten()
     return shown.x_train[order], shown.y_train[order]
-
-
-def _first(y: Tensor) -> Tensor:
-    """Those of the balanced examples that are drawn."""
-    return y[: SHOWN * int(y.max() + 1)]
 
 
 def _attacked(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> dict[str, Tensor]:
@@ -185,14 +189,11 @@ def _watched(
             handle.remove()
 
 
-def _layer(name: str, sets: dict[str, Tensor], y: Tensor, by: str) -> dict[str, Any]:
-    """One layer's measures, and where its points are drawn."""
+def _layer(name: str, sets: dict[str, Tensor], y: Tensor) -> dict[str, Any]:
+    """One layer's measures, shares in percent."""
     from sklearn.metrics import silhouette_score
 
-    y = y.cpu()
-    clean, twice = sets["natural"], np.concatenate([y, y])
-    flat = torch.cat([_first_of(points, y) for points in sets.values()]).numpy()
-    places = np.split(_embedded(flat, by), len(sets))
+    clean, twice = sets["natural"], torch.cat([y, y]).numpy()
     return {
         "name": name,
         "crossed": {which: 100 * strangers(found, clean, y).mean().item() for which, found in sets.items()},
@@ -200,31 +201,26 @@ def _layer(name: str, sets: dict[str, Tensor], y: Tensor, by: str) -> dict[str, 
         "silhouette": {
             which: float(silhouette_score(torch.cat([clean, found]).numpy(), twice)) for which, found in sets.items()
         },
-        "points": {which: place.tolist() for which, place in zip(sets, places, strict=True)},
     }
 
 
-def _first_of(points: Tensor, y: Tensor) -> Tensor:
-    return points[: len(_first(y))]
-
-
-def _embedded(flat: np.ndarray, by: str) -> np.ndarray:
-    """(N, D) -> (N, 2), all sets together, so that they share their axes."""
+def _embedded(sets: dict[str, Tensor], by: str) -> dict[str, list[list[float]]]:
+    """(N, D) -> N places in the plane for each set, all together, so that they share their axes."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     made = PCA(2, svd_solver="full") if by == "PCA" else TSNE(2, init="pca", random_state=0)
-    places: np.ndarray = made.fit_transform(flat)
-    return places
+    places = made.fit_transform(torch.cat(list(sets.values())).numpy())
+    return {which: part.tolist() for which, part in zip(sets, np.split(places, len(sets)), strict=True)}
 
 
 # ------------------------------------------------------------------------------------------------ drawn and found
 
 
 def drawn(evidence: Sequence[dict[str, Any]]) -> Figure:
-    """The first seed's points: a row for each layer; natural, PGD's, early-stopped PGD's, natural ones behind them."""
-    one = evidence[0]
-    spec, layers, labels = FIGURES[one["figure"]], one["layers"], one["labels"]
+    """The first points that were kept: a row a layer; natural, PGD's, early-stopped PGD's, natural ones behind them."""
+    one = next(one for one in evidence if "picture" in one)
+    spec, layers, labels = FIGURES[one["figure"]], one["layers"], one["picture"]["labels"]
     with rc_context(STYLE):
         figure = Figure(figsize=(8.4, 2.6 * len(layers) + 0.7))
         axes = figure.subplots(len(layers), len(TITLES), sharex="row", sharey="row", squeeze=False)
@@ -233,12 +229,12 @@ def drawn(evidence: Sequence[dict[str, Any]]) -> Figure:
             f"{spec.by} of a {one['arch']}'s layers, {one['epochs']} epochs on natural images of {on}, eps {one['eps']}"
         )
         figure.suptitle(f"{one['dataset']}: {said}", fontsize=9)
-        for row, layer in zip(axes, layers, strict=True):
+        for row, layer, places in zip(axes, layers, one["picture"]["layers"], strict=True):
             row[0].set_ylabel(layer["name"])
             for axis, (which, title) in zip(row, TITLES.items(), strict=True):
                 if which != "natural":
-                    scatter(axis, layer["points"]["natural"], labels, alpha=0.15)
-                scatter(axis, layer["points"][which], labels, alpha=0.8)
+                    scatter(axis, places["natural"], labels, alpha=0.15)
+                scatter(axis, places[which], labels, alpha=0.8)
                 shares = f"{layer['crossed'][which]:.0f} % crossed, {layer['mixed'][which]:.0f} % mixed"
                 axis.set_title(f"{title}: {shares}", fontsize=8)
                 axis.set(xticks=[], yticks=[])
@@ -249,7 +245,11 @@ def drawn(evidence: Sequence[dict[str, Any]]) -> Figure:
 
 
 def found(evidence: Sequence[dict[str, Any]]) -> list[Finding]:
-    """The verdicts, by a t interval over seeds of shares that are means over the layers shown."""
+    """The verdicts at each budget, by a t interval over seeds of shares that are means over the layers shown."""
+    return [finding for runs in grouped(evidence, "epochs").values() for finding in _found_of(runs)]
+
+
+def _found_of(evidence: Sequence[dict[str, Any]]) -> list[Finding]:
     first, seeds = evidence[0], len(evidence)
     command = f"fatbench reproduce {first['figure']} --dataset {first['dataset']} --seeds {seeds}"
     rest = first["n"], seeds, f"{first['epochs']} epochs", command

@@ -58,13 +58,25 @@ def strangers(points: Tensor, among: Tensor, y: Tensor, neighbours: int = NEIGHB
     return ((y[nearest] != y[:, None]).sum(dim=1) > neighbours / 2).double()
 
 
-def rounded(value: Any) -> Any:
-    """Numbers cut to 4 significant digits, through lists and dicts: what is committed stays small."""
+def rounded(evidence: dict[str, Any]) -> dict[str, Any]:
+    """Every number in it cut to 4 significant digits: what is committed stays small."""
+    return {key: _cut(value) for key, value in evidence.items()}
+
+
+def _cut(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return rounded(value)
+    return [_cut(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def grouped(evidence: Sequence[dict[str, Any]], *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Evidence by the values of some keys, in the order in which they first come."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for one in evidence:
+        groups.setdefault(tuple(one[key] for key in keys), []).append(one)
+    return groups
 
 
 def scatter(axis: Axes, points: Sequence[Sequence[float]], labels: Sequence[int], **style: Any) -> None:
