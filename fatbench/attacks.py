@@ -196,6 +196,25 @@ class Friendly(StopRule):
 
 
 @dataclass
+class Margin(StopRule):
+    """Appendix A of FAT: an example goes on until the best wrong class leads its own by a margin rho.
+
+    The gap of cross-entropy losses is CE_y - min_{j != y} CE_j, which is max_{j != y} z_j - z_y; that of probabilities
+    is max_{j != y} p_j - p_y. rho = 0 is Friendly with tau = 0, rho = inf never stops anyone.
+    """
+
+    rho: float
+    gap: Literal["probability", "loss"] = "probability"
+
+    def __call__(self, now: Now) -> Tensor:
+        logits, y = now.logits.detach(), now.y.unsqueeze(1)
+        scores = logits if self.gap == "loss" else logits.softmax(dim=1)
+        ahead = scores.scatter(1, y, -torch.inf).amax(dim=1) - scores.gather(1, y).squeeze(1)
+        # The prediction is asked too: between equal scores it takes the first, and Friendly goes by it.
+        return (logits.argmax(dim=1) != now.y) & (ahead >= self.rho)
+
+
+@dataclass
 class Converged(StopRule):
     """DAT's first-order stationary condition (Wang et al., ICML 2019): stops once FOSC <= c.
 

@@ -136,9 +136,9 @@ def family(arch: str) -> str:
 def base_of(defense: str) -> str | None:
     """The defense that a friendly one is the counterpart of.
 
-    >>> base_of("fat-trades"), base_of("fat"), base_of("trades")
-    ('trades', 'madry', None)
+    >>> base_of("fat-trades"), base_of("fat"), base_of("fat-margin"), base_of("trades")
+    ('trades', 'madry', 'madry', None)
     """
-    if defense == "fat":
+    if defense in ("fat", "fat-margin"):
         return "madry"
     return defense.removeprefix("fat-") if defense.startswith("fat-") else None

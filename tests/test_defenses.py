@@ -233,6 +233,7 @@ def test_the_margin_of_cw_is_flat_only_where_the_wrong_class_leads_by_more_than_
     [
         ("standard", {}, ["adv"]), ("madry", {}, ["adv"]), ("fat", {}, ["adv"]),
         ("cat", {}, ["adv"]), ("dat", {}, ["adv"]), ("fat-cat", {}, ["adv"]), ("fat-dat", {}, ["adv"]),
+        ("fat-margin", {}, ["adv"]),
         ("trades", {}, ["nat", "adv"]), ("fat-trades", {}, ["nat", "adv"]),
         ("trades", {"forwards": "nat-adv-nat"}, ["nat", "adv", "nat"]),
         ("mart", {}, ["nat", "adv"]), ("fat-mart", {"forwards": "adv-nat"}, ["adv", "nat"]),
@@ -697,6 +698,8 @@ def test_the_step_is_a_quarter_of_the_present_eps_unless_given(world: World, nam
 
 
 def unstopped(name: str) -> dict[str, Any]:
+    if name == "fat-margin":
+        return {"rho": 2}
     return {"tau": K} if name.startswith("fat") else {}
 
 

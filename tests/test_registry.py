@@ -115,10 +115,10 @@ def test_every_name_gives_a_class_that_agrees(room: str) -> None:
         assert held[name].name == name
 
 
-def test_the_contestants_are_the_ten_and_the_reference() -> None:
+def test_the_contestants_are_the_ten_the_margin_rule_and_the_reference() -> None:
     bases = {"madry", "cat", "dat", "trades", "mart"}
     friendly = {"fat"} | {f"fat-{base}" for base in bases - {"madry"}}
-    assert set(BUILT_IN["defenses"]) == bases | friendly | {"standard"}
+    assert set(BUILT_IN["defenses"]) == bases | friendly | {"standard", "fat-margin"}
 
 
 def test_underscores_are_accepted_for_hyphens() -> None:
