@@ -41,7 +41,15 @@ class Kind(StrEnum):
     datasets = "datasets"
     protocols = "protocols"
     recipes = "recipes"
+    experiments = "experiments"
     robustbench = "robustbench"
+
+
+class Scale(StrEnum):
+    """How large an experiment is."""
+
+    laptop = "laptop"
+    paper = "paper"
 
 
 class Tier(StrEnum):
@@ -369,6 +377,10 @@ def _catalogue(kind: Kind) -> dict[str, Callable[[], str]]:
         from fatbench import zoo
 
         return {name: partial(str, boards) for name, boards in zoo.ids().items()}
+    if kind is Kind.experiments:
+        from fatbench.paper import reproduce
+
+        return {name: partial(reproduce.summary, name) for name in reproduce.names()}
     known = NETWORKS if kind is Kind.models else {name: info.summary for name, info in DATASETS.items()}
     return {name: partial(str, text) for name, text in known.items()}
 
@@ -486,6 +498,68 @@ def job(
 
     records = folder.resolve().parents[1] / "records"
     carry_out(folder, partial(train_and_examine, device=device, records=records))
+
+
+@app.command()
+def reproduce(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="table1, fig4, ... (list experiments), or all.")
+    ],
+    scale: Annotated[
+        Scale, typer.Option(help="laptop: digits, in minutes; paper: the paper's recipes.")
+    ] = Scale.laptop,
+    dataset: DatasetName = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Training runs of each contestant; 3 unless given.")] = None,
+    out: Out = Path("reproduction"),
+    records: Annotated[
+        list[Path] | None, typer.Option("--records", help="What is recorded elsewhere is not done again; repeatable.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    device: Annotated[str, typer.Option(help="As in sweep.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and what it costs.")] = False,
+    tell: Annotated[bool, typer.Option("--tell", help="Train nothing: judge what is recorded.")] = False,
+) -> None:
+    """Run the paper's experiments again and judge its claims; writes OUT.md, and goes on where it was stopped."""
+    from fatbench.paper import reproduce as paper
+
+    said = paper.asked(names)
+    if scale is Scale.paper:
+        _at_paper_scale(said, dataset, seeds or paper.SEEDS, out, workers, device, dry_run)
+        return
+    folders = [out, *(records or [])]
+    pool = paper.pooled(dataset or "digits", folders)
+    todo = {} if tell else paper.missing(said, pool, seeds or paper.SEEDS)
+    if dry_run:
+        typer.echo("\n".join([f"{len(todo)} runs to train and examine", *todo]))
+        return
+    if not tell:
+        paper.carry_out(todo, pool.world, out, workers, device.split(","))
+        paper.measure(said, pool.world.dataset, "laptop", seeds, out)
+        pool = paper.pooled(pool.world.dataset, folders)
+    _tell(said, pool, folders, out)
+
+
+def _tell(said: list[str], pool: Any, folders: list[Path], out: Path) -> None:
+    from fatbench.paper import report
+
+    found = report.publish(said, pool, folders, out)
+    for finding in found:
+        typer.echo(
+            f"{finding.verdict:<14} {finding.claim.place}, {finding.budget}: {finding.claim.text}: {finding.said}"
+        )
+    typer.echo(f"{report.told(found)}; written: {out.with_name(out.name + '.md')}")
+
+
+def _at_paper_scale(
+    said: list[str], dataset: str | None, seeds: int, out: Path, workers: int, device: str, dry_run: bool
+) -> None:
+    from fatbench.paper import reproduce as paper
+
+    runs = paper.at_paper_scale(said, dataset, seeds)
+    for line in paper.costs(runs, device.split(",")[0]):
+        typer.echo(line)
+    if not dry_run:
+        paper.carry_out_recipes(runs, out, workers, device.split(","))
 
 
 # ------------------------------------------------------------------------------------------------ helpers

@@ -70,14 +70,14 @@ def draw(records: Sequence[Record], folder: Path, out: Path, kinds: Sequence[str
     with rc_context(STYLE):
         for kind in kinds or known:
             for name, figure in known[kind]():
-                written += _save(figure, out / f"{kind}-{name}")
+                written += save(figure, out / f"{kind}-{name}")
     if not written:
         wanted = ", ".join(kinds or known)
         raise Refused(f"nothing to draw for {wanted}: no record has training curves, several eps or tau, or outcomes")
     return written
 
 
-def _save(figure: Figure, path: Path) -> list[Path]:
+def save(figure: Figure, path: Path) -> list[Path]:
     paths = [path.with_name(f"{path.name}.{form}") for form in ("png", "svg")]
     for target, metadata in zip(paths, ({"Software": None}, {"Date": None, "Creator": None}), strict=True):
         write_atomic(target, partial(figure.savefig, format=target.suffix[1:], metadata=metadata))
@@ -89,7 +89,7 @@ def _figure(title: str, columns: int = 1, wide: float = 1) -> Iterator[tuple[Fig
     """A figure with its axes, and a legend under them where there is anything to tell apart."""
     figure = Figure(figsize=(4.2 * columns * wide + 0.6, 3.6))
     axes = list(np.atleast_1d(figure.subplots(1, columns)))
-    figure.suptitle(_plain(title), fontsize=9)
+    figure.suptitle(plain(title), fontsize=9)
     yield figure, axes
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
@@ -98,12 +98,12 @@ def _figure(title: str, columns: int = 1, wide: float = 1) -> Iterator[tuple[Fig
         figure.legend(handles, labels, loc="outside lower center", ncols=max(1, int(fit)), fontsize=8)
 
 
-def _plain(text: object) -> str:
+def plain(text: object) -> str:
     """A name as it is: matplotlib would read mathematics between dollar signs."""
     return str(text).replace("$", r"\$")
 
 
-def _styles() -> Iterator[dict[str, Any]]:
+def styles() -> Iterator[dict[str, Any]]:
     dashes = cycle(dash for dash in DASHES for _ in COLOURS)
     for colour, marker, dash in zip(cycle(COLOURS), cycle(MARKERS), dashes, strict=False):
         yield {"color": colour, "marker": marker, "linestyle": dash, "markersize": 4, "linewidth": 1.3}
@@ -134,17 +134,17 @@ def curves(records: Sequence[Record]) -> Drawn:
         if not told:
             continue
         with _figure(faces.heading(key), 3) as (figure, axes):
-            for (name, seeds), style in zip(told.items(), _styles(), strict=False):
+            for (name, seeds), style in zip(told.items(), styles(), strict=False):
                 for axis, (curve, factor, _, _) in zip(axes, CURVES, strict=True):
-                    x, y = _median_curve([seed.get(curve, []) for seed in seeds])
-                    axis.plot(x, factor * y, label=_plain(name), markevery=max(1, len(x) // 8), **style)
+                    x, y = median_curve([seed.get(curve, []) for seed in seeds])
+                    axis.plot(x, factor * y, label=plain(name), markevery=max(1, len(x) // 8), **style)
             for axis, (_, _, label, split) in zip(axes, CURVES, strict=True):
                 axis.set(xlabel="epoch", ylabel=label, ylim=(0, None))
                 axis.set_title(split, fontsize=8, loc="left")
         yield slug(key), figure
 
 
-def _median_curve(seeds: Sequence[Sequence[float | None]]) -> tuple[np.ndarray, np.ndarray]:
+def median_curve(seeds: Sequence[Sequence[float | None]]) -> tuple[np.ndarray, np.ndarray]:
     """(epochs, values): the median of those seeds that have a value there."""
     longest = max((len(values) for values in seeds), default=0)
     at = [[values[e] for values in seeds if e < len(values) and values[e] is not None] for e in range(longest)]
@@ -169,9 +169,9 @@ def against_eps(records: Sequence[Record]) -> Drawn:
         if not several:
             continue
         with _figure(", ".join(key), wide=1.4) as (figure, (axis,)):
-            for (name, rows), style in zip(several.items(), _styles(), strict=False):
+            for (name, rows), style in zip(several.items(), styles(), strict=False):
                 rows.sort(key=lambda row: number(row["eps"]))
-                _bars(axis, [number(row["eps"]) for row in rows], rows, "worst", label=_plain(name), **style)
+                _bars(axis, [number(row["eps"]) for row in rows], rows, "worst", label=plain(name), **style)
             axis.set(xlabel="eps of the attacks, in pixel units", ylabel="worst-case accuracy, %", ylim=(0, None))
             budgets = {row["eps_class"]: number(row["eps"]) for rows in several.values() for row in rows}
             axis.set_xticks(list(budgets.values()), list(budgets))
@@ -193,9 +193,7 @@ def trade_off(records: Sequence[Record]) -> Drawn:
                 continue
             found.sort(key=lambda pair: pair[0])
             with _figure(f"{trained[0]}, {faces.heading(key)}") as (figure, (axis,)):
-                for measure, label, style in zip(
-                    ("clean", "worst"), ("natural", "worst case"), _styles(), strict=False
-                ):
+                for measure, label, style in zip(("clean", "worst"), ("natural", "worst case"), styles(), strict=False):
                     _bars(axis, [tau for tau, _ in found], [row for _, row in found], measure, label=label, **style)
                 axis.set(xlabel="tau", ylabel="accuracy, %", ylim=(0, 100), xticks=sorted({tau for tau, _ in found}))
             yield slug((str(trained[0]), *key)) + f"-{trained[2]}", figure
@@ -222,7 +220,7 @@ def classes(records: Sequence[Record], folder: Path) -> Drawn:
             continue
         shares = [_by_class([(known[i], paths[i]) for i in row["ids"].split() if i in known]) for row in shown]
         with _figure(f"{faces.heading(key)}: worst case by class", wide=2) as (figure, (axis,)):
-            _side_by_side(axis, shares, [_plain(row["name"]) for row in shown])
+            _side_by_side(axis, shares, [plain(row["name"]) for row in shown])
         yield slug(key), figure
 
 
@@ -237,7 +235,7 @@ def _by_class(seeds: list[tuple[Record, Path]]) -> pd.Series:
 
 def _side_by_side(axis: Axes, shares: list[pd.Series], names: list[str]) -> None:
     width = 0.85 / len(shares)
-    for at, (share, name, style) in enumerate(zip(shares, names, _styles(), strict=False)):
+    for at, (share, name, style) in enumerate(zip(shares, names, styles(), strict=False)):
         place = np.arange(len(share)) + (at - (len(shares) - 1) / 2) * width
         hatch = HATCHES[at % len(HATCHES)]
         axis.bar(place, share, width, label=name, color=style["color"], hatch=hatch, edgecolor="white", linewidth=0.3)

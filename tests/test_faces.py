@@ -381,7 +381,7 @@ def test_a_kind_is_drawn_alone_or_refused(put: Put, gathered: Any, tmp_path: Pat
 
 
 def test_a_curve_is_the_median_of_the_seeds_that_have_it() -> None:
-    x, y = plots._median_curve([[1, 2, None], [3, 4], [8, None, None]])
+    x, y = plots.median_curve([[1, 2, None], [3, 4], [8, None, None]])
     assert (x.tolist(), y.tolist()) == ([1, 2], [3, 3])
 
 

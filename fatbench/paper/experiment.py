@@ -1,0 +1,75 @@
+"""What an experiment is: a table or figure of the paper, whom it trains, what is claimed of it, and its recipes.
+
+Zhang et al., "Attacks Which Do Not Kill Training Make Adversarial Learning Stronger" (ICML 2020). At laptop scale the
+networks and budgets are those of a `World`; figures that differ in the paper by data or network alone share one sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from fatbench.paper.contestants import DIGITS, Contestant, World
+from fatbench.paper.verdicts import Test
+
+GRADIENT = ("fgsm", "pgd-20", "pgd-100", "cw-inf")
+WHOLE = (*GRADIENT, "autoattack")
+STEPS = 10
+FRIENDS = {"madry": "fat", "trades": "fat-trades", "mart": "fat-mart", "cat": "fat-cat", "dat": "fat-dat"}
+Whom = Callable[[World], list[Contestant]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One table or figure.
+
+    Attributes:
+        place: In the paper.
+        summary: One line.
+        whom: Everybody it trains at laptop scale.
+        attacks: What they are examined under, at the world's eps.
+        tests: Its claims.
+        budgets: The epochs at which its claims are judged.
+        recipes: What it is at the paper's scale: names on the shelf, or how they begin.
+        note: What a reader must know of it.
+    """
+
+    place: str
+    summary: str
+    whom: Whom
+    attacks: tuple[str, ...]
+    tests: tuple[Test, ...]
+    budgets: Callable[[World], Sequence[int]]
+    recipes: tuple[str, ...] = ()
+    note: str = field(default="", repr=False)
+
+
+def at(defense: str, eps: str = DIGITS.eps, **fields: Any) -> Callable[[int], Contestant]:
+    """A contestant at whatever budget."""
+    return partial(_contestant, defense, eps, tuple(fields.items()))
+
+
+def _contestant(defense: str, eps: str, fields: tuple[tuple[str, Any], ...], epochs: int) -> Contestant:
+    return Contestant(defense, eps, epochs, fields)
+
+
+def at_eps(*defenses: str, budgets: Callable[[World], Sequence[int]]) -> Whom:
+    return lambda world: [Contestant(defense, world.eps, epochs) for epochs in budgets(world) for defense in defenses]
+
+
+def longest(world: World) -> tuple[int, ...]:
+    return world.budgets[-1:]
+
+
+def every(world: World) -> tuple[int, ...]:
+    return world.budgets
+
+
+def ends(world: World) -> tuple[int, ...]:
+    return world.ends
+
+
+def shortest(world: World) -> tuple[int, ...]:
+    return world.budgets[:1]

@@ -1,0 +1,219 @@
+"""The paper's experiments carried out: what is not recorded yet is trained and examined, then every claim is judged."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from fatbench import recipe, sweep
+from fatbench.console import stderr, waiting
+from fatbench.errors import Refused, unknown
+from fatbench.files import read_json, write_json
+from fatbench.job import Examine
+from fatbench.paper.claims import Finding
+from fatbench.paper.contestants import World, world
+from fatbench.paper.experiments import EXPERIMENTS, SAME
+from fatbench.paper.pictures import PICTURES
+from fatbench.paper.pool import Pool
+from fatbench.recipe import Settings
+
+Scale = Literal["laptop", "paper"]
+SEEDS = 3
+# Its name -> what it trains, what it is examined under, whether that is recorded already.
+Points = dict[str, tuple[Settings, tuple[str, ...]]]
+
+
+def names() -> list[str]:
+    """Everything that can be asked for, in the paper's order, then what is beyond it."""
+    known = [*EXPERIMENTS, *SAME, *PICTURES]
+    return sorted(known, key=lambda name: (_kind(name), _number(name), name))
+
+
+def _kind(name: str) -> int:
+    return next((at for at, kind in enumerate(("table", "fig", "theorem")) if name.startswith(kind)), 3)
+
+
+def _number(name: str) -> int:
+    digits = "".join(c for c in name if c.isdigit())
+    return int(digits) if digits else 0
+
+
+def asked(said: Sequence[str]) -> list[str]:
+    """The experiments that names mean; `all` is every one.
+
+    Raises:
+        Refused: an unknown name.
+    """
+    for name in said:
+        if name not in (*names(), "all"):
+            raise unknown("experiment", name, names(), listed_by="fatbench list experiments")
+    return names() if "all" in said else list(dict.fromkeys(said))
+
+
+def summary(name: str) -> str:
+    """Its one line."""
+    if name in PICTURES:
+        return f"{PICTURES[name].place}: measured and drawn"
+    own = EXPERIMENTS[SAME.get(name, name)]
+    if name in SAME:
+        return f"Figure {_number(name)}: on a laptop the same as {SAME[name]}"
+    return f"{own.place}: {own.summary}"
+
+
+# ------------------------------------------------------------------------------------------------ at laptop scale
+
+
+def missing(said: Sequence[str], pool: Pool, seeds: int) -> Points:
+    """The runs that these experiments ask for and no record tells of, by the names of their jobs.
+
+    A run that several of them ask for is trained once, and examined under what any of them wants.
+    """
+    wanted: dict[tuple[Any, int], dict[str, None]] = {}
+    for name in said:
+        own = EXPERIMENTS.get(SAME.get(name, name))
+        for whom in own.whom(pool.world) if own else ():
+            for seed in range(seeds):
+                wanted.setdefault((whom, seed), {}).update(dict.fromkeys(own.attacks if own else ()))
+    found: Points = {}
+    for (whom, seed), attacks in wanted.items():
+        if left := pool.missing(whom, seed, list(attacks)):
+            kind = (
+                "whole" if "autoattack" in left else "second" if any("@" in attack for attack in left) else "gradient"
+            )
+            found[f"{whom.slug}-seed{seed}-{kind}"] = whom.settings(pool.world, seed), tuple(left)
+    return found
+
+
+def carry_out(points: Points, here: World, out: Path, workers: int, devices: Sequence[str]) -> None:
+    """Trains and examines, `workers` at a time; goes on where it was stopped.
+
+    Raises:
+        RunFailed: some failed; the others are done.
+    """
+    (out / "jobs").mkdir(parents=True, exist_ok=True)
+    folders = []
+    for attacks in dict.fromkeys(attacks for _, attacks in points.values()):
+        own = {name: settings for name, (settings, theirs) in points.items() if theirs == attacks}
+        folders += sweep.prepare(sweep.Grid(own, Examine(attacks=attacks, eps=here.eps)), out)
+    if folders:
+        sweep.work_through(folders, workers, devices)
+
+
+def measure(said: Sequence[str], dataset: str, scale: Scale, seeds: int | None, out: Path) -> None:
+    """The experiments that are pictures: a file of evidence for each seed, left alone where it is there."""
+    todo = [
+        (name, seed, path)
+        for name in said
+        if name in PICTURES
+        for seed in range(seeds or PICTURES[name].seeds)
+        if not (path := out / "evidence" / f"{name}-seed{seed}.json").exists()
+    ]
+    if not todo:
+        return
+    with waiting("measuring", len(todo)) as bar:
+        for name, seed, path in todo:
+            write_json(path, PICTURES[name].measured(dataset, seed, scale))
+            bar.advance(f"{name}, seed {seed}")
+
+
+def evidence(name: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """What was measured for a picture, of every seed; the first folder that has a seed is taken."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for folder in folders:
+        for path in sorted((folder / "evidence").glob(f"{name}-seed*.json")):
+            found.setdefault(int(path.stem.rpartition("seed")[2]), read_json(path, "evidence"))
+    return [one for seed in sorted(found) for one in found[seed]]
+
+
+# ------------------------------------------------------------------------------------------------ verdicts
+
+
+def findings(said: Sequence[str], pool: Pool, folders: Sequence[Path]) -> Iterator[Finding]:
+    """What is found of every claim of these experiments, at every budget that is recorded."""
+    for name in said:
+        if name in PICTURES:
+            seen = evidence(name, folders)
+            yield from PICTURES[name].found(seen) if seen else ()
+            continue
+        if name in SAME and SAME[name] in said:
+            continue
+        own = EXPERIMENTS[SAME.get(name, name)]
+        for epochs in own.budgets(pool.world):
+            for test in own.tests:
+                if finding := test.finding(pool, epochs, f"fatbench reproduce {name}"):
+                    yield finding
+
+
+def pooled(dataset: str, folders: Sequence[Path]) -> Pool:
+    """The records of some folders, for a data set's world."""
+    return Pool([folder for folder in folders if folder.is_dir()], world(dataset))
+
+
+def gathered(said: Sequence[str], pool: Pool, out: Path) -> int:
+    """Copies into out/records whatever these experiments stand on; how many records there are."""
+    used = {path for name in said if (own := EXPERIMENTS.get(SAME.get(name, name)))
+            for whom in own.whom(pool.world) for paths in pool.seeds(whom).values() for path in paths}  # fmt: skip
+    for path in sorted(used):
+        for file in (path, path.with_suffix(".parquet")):
+            if file.exists() and not (out / "records" / file.name).exists():
+                (out / "records").mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, out / "records" / file.name)
+    return len(used)
+
+
+# ------------------------------------------------------------------------------------------------ at the paper's scale
+
+
+def shelved(said: Sequence[str]) -> dict[str, list[str]]:
+    """Experiment -> the recipes on the shelf that are it at the paper's scale.
+
+    Raises:
+        Refused: one has none.
+    """
+    found = {}
+    for name in said:
+        if name in PICTURES:
+            continue
+        own = EXPERIMENTS[SAME.get(name, name)]
+        begins = (f"fig-{_number(name)}-",) if name.startswith("fig") and name != "fig5" else own.recipes
+        found[name] = [one for one in recipe.shelf() if one.startswith(tuple(begins))] if begins else []
+        if not found[name]:
+            raise Refused(f"{name} is not in the paper, and has no recipe: run it at --scale laptop")
+    return found
+
+
+def at_paper_scale(said: Sequence[str], dataset: str | None, seeds: int) -> dict[str, dict[str, Settings]]:
+    """Recipe -> its runs, by the names of their jobs."""
+    runs: dict[str, dict[str, Settings]] = {}
+    for name in dict.fromkeys(one for recipes in shelved(said).values() for one in recipes):
+        for seed in range(seeds):
+            for label, settings in recipe.points(name, dataset=dataset, seed=seed).items():
+                own = "-".join([name, *label.replace("=", "").replace("/", "_").split(), f"seed{seed}"])
+                runs.setdefault(name, {})[own] = settings
+    return runs
+
+
+def costs(runs: Mapping[str, Mapping[str, Settings]], device: str) -> Iterator[str]:
+    """A line a recipe: its runs and their hours on this device, from one timed update of one of them."""
+    from fatbench.estimate import estimate
+
+    least = most = 0.0
+    for name, own in runs.items():
+        stderr.print(f"timing {name}")
+        seen = estimate(next(iter(own.values())), device=device)
+        low, high = (len(own) * seconds * seen.epochs / 3600 for seconds in seen.seconds)
+        least, most = least + low, most + high
+        yield f"{name}: {len(own)} runs, {low:,.1f} to {high:,.1f} hours"
+    yield f"in all: {least:,.1f} to {most:,.1f} hours on one {device if device != 'auto' else 'device of this machine'}"
+
+
+def carry_out_recipes(
+    runs: Mapping[str, Mapping[str, Settings]], out: Path, workers: int, devices: Sequence[str]
+) -> None:
+    """Trains the recipes' runs and examines each under its recipe's protocols."""
+    folders = []
+    for name, own in runs.items():
+        folders += sweep.prepare(sweep.Grid(dict(own), Examine(protocols=recipe.load(name).protocols)), out)
+    sweep.work_through(folders, workers, devices)

@@ -1,0 +1,233 @@
+"""How a claim is judged by recorded runs: differences, trends, collapses and curves, each with its verdict.
+
+A test takes the pool of recorded runs and a budget (epochs) and gives its finding, or None where the runs that it needs
+are not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from statistics import fmean
+from typing import NamedTuple
+
+import numpy as np
+
+from fatbench.faces import title
+from fatbench.paper.claims import (
+    Claim,
+    Finding,
+    Interval,
+    Verdict,
+    contrast,
+    mean_interval,
+    not_below,
+    sided,
+    trend,
+    within,
+)
+from fatbench.paper.contestants import Contestant
+from fatbench.paper.pool import Pool, Seeds, same_examples
+from fatbench.stats import over_seeds
+
+# What "not below" and "no more than" may be off by, in percentage points.
+MARGIN = 1.0
+PLATEAU = 2.0
+At = Callable[[int], Contestant]  # a contestant at a budget
+
+
+class Test(NamedTuple):
+    """A claim and how it is judged."""
+
+    claim: Claim
+    judge: Callable[[Pool, int], tuple[Verdict, str, Sequence[Seeds]] | None]
+
+    def finding(self, pool: Pool, epochs: int, command: str) -> Finding | None:
+        """What the runs at a budget say; None where they are not there."""
+        judged = self.judge(pool, epochs)
+        if judged is None:
+            return None
+        verdict, said, seen = judged
+        seeds = min(len(side.runs) for side in seen)
+        return Finding(self.claim, verdict, said, seen[0].n, seeds, f"{epochs} epochs", command)
+
+
+def versus(claim: Claim, first: At, second: At, measure: str, margin: float | None = None) -> Test:
+    """The first is above the second under a measure; with a margin, not below it by more than that."""
+
+    def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
+        sides = _all(pool, [first(epochs), second(epochs)], [measure])
+        if sides is None:
+            return None
+        same_examples(*sides)
+        difference = contrast(sides[0].outcomes(measure), sides[1].outcomes(measure))
+        verdict = sided(*difference[1:]) if margin is None else not_below(*difference[1:], margin)
+        told = ", ".join(f"{side.contestant.name} {_median(side, measure)}" for side in sides)
+        return verdict, f"{title(measure)}: {told}; difference {difference.told()}", sides
+
+    return Test(claim, judge)
+
+
+def alike(claim: Claim, first: At, second: At, measure: str, margin: float = PLATEAU) -> Test:
+    """The two differ by no more than a margin."""
+
+    def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
+        sides = _all(pool, [first(epochs), second(epochs)], [measure])
+        if sides is None:
+            return None
+        difference = contrast(sides[0].outcomes(measure), sides[1].outcomes(measure))
+        told = ", ".join(f"{side.contestant.name} {_median(side, measure)}" for side in sides)
+        return within(*difference[1:], margin), f"{title(measure)}: {told}; difference {difference.told()}", sides
+
+    return Test(claim, judge)
+
+
+def falls(claim: Claim, line: Callable[[int], list[tuple[float, Contestant]]], measure: str, what: str) -> Test:
+    """A measure falls along a line of contestants, by its slope."""
+
+    def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
+        points = line(epochs)
+        sides = _all(pool, [contestant for _, contestant in points], [measure])
+        if sides is None:
+            return None
+        pairs = [(x, y) for (x, _), side in zip(points, sides, strict=True) for y in side.accuracies(measure)]
+        slope = trend(*zip(*pairs, strict=True))
+        ends = f"{_median(sides[0], measure)} at {points[0][0]:g}, {_median(sides[-1], measure)} at {points[-1][0]:g}"
+        said = f"{title(measure)}: {ends}; slope {slope.told('+.2f')} points for 1 of {what}"
+        return sided(-slope.high, -slope.low), said, sides
+
+    return Test(claim, judge)
+
+
+def collapses(claim: Claim, falling: At, standing: At, best: Callable[[int], list[Contestant]]) -> Test:
+    """At the same large budget of training one defense collapses and the other does not.
+
+    A run has collapsed where it gives one answer to all, or keeps less than half of the natural accuracy that its
+    defense's best in the sweep has. Holds where every run of the first collapsed and none of the other; does not hold
+    where none of the first did, or the other as often.
+    """
+
+    def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
+        sides = _all(pool, [falling(epochs), standing(epochs)], ["clean"])
+        if sides is None:
+            return None
+        gone = []
+        for side in sides:
+            others = [pool.of(one, ["clean"]) for one in best(epochs) if one.defense == side.contestant.defense]
+            top = max(fmean(one.accuracies("clean")) for one in [side, *others] if one)
+            gone.append(sum(r.collapsed or 2 * 100 * r.right["clean"].mean() < top for r in side.runs))
+        first, other = (count / len(side.runs) for count, side in zip(gone, sides, strict=True))
+        verdict: Verdict = "undecided"
+        if first == 1 and other == 0:
+            verdict = "holds"
+        elif first <= other:
+            verdict = "does not hold"
+        said = "; ".join(
+            f"{side.contestant.name} collapsed in {count} of {len(side.runs)} runs, natural {_median(side, 'clean')}"
+            for side, count in zip(sides, gone, strict=True)
+        )
+        return verdict, f"trained at eps {sides[0].contestant.eps}: {said}", sides
+
+    return Test(claim, judge)
+
+
+def grows(claim: Claim, whose: At) -> Test:
+    """Attack steps an example, and so backward passes, grow over the epochs: the slope of each run, over seeds."""
+
+    def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
+        side = _trained(pool, whose(epochs))
+        if side is None:
+            return None
+        curves = side.curves("steps_per_example")
+        slope = Interval(*mean_interval([epochs * float(np.polyfit(range(len(c)), c, 1)[0]) for c in curves]))
+        first, last = (fmean(curve[at] for curve in curves) for at in (0, -1))
+        said = f"{side.contestant.name}: {first:.2f} steps in the first epoch, {last:.2f} in the last; "
+        return sided(*slope[1:]), f"{said}slope {slope.told('+.2f')} over the training", [side]
+
+    return Test(claim, judge)
+
+
+def cheaper(claim: Claim, whose: At, steps: int) -> Test:
+    """Fewer backward passes an example than the whole attack takes, over the training."""
+
+    def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
+        side = _trained(pool, whose(epochs))
+        if side is None:
+            return None
+        saved = Interval(*mean_interval([steps - fmean(curve) for curve in side.curves("steps_per_example")]))
+        said = f"{side.contestant.name}: {steps - saved.middle:.2f} of {steps} steps; saved {saved.told('.2f')}"
+        return sided(*saved[1:]), said, [side]
+
+    return Test(claim, judge)
+
+
+def surges(claim: Claim, whose: At, shares: Sequence[float]) -> Test:
+    """Steps are more right after the learning rate drops (at these shares of the epochs) than right before it."""
+
+    def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
+        side = _trained(pool, whose(epochs))
+        if side is None:
+            return None
+        near = max(1, epochs // 20)
+        drops = [round(share * epochs) for share in shares]
+        jumps = [
+            fmean(fmean(curve[at : at + near]) - fmean(curve[at - near : at]) for at in drops)
+            for curve in side.curves("steps_per_example")
+        ]
+        jump = Interval(*mean_interval(jumps))
+        where = ", ".join(str(at + 1) for at in drops)
+        said = (
+            f"{side.contestant.name}: {jump.told('+.2f')} steps from the {near} epochs before epochs {where} to those"
+        )
+        return sided(*jump[1:]), f"{said} from them on", [side]
+
+    return Test(claim, judge)
+
+
+def at_equal_cost(claim: Claim, frugal: At, lavish: Callable[[], list[Contestant]], measure: str) -> Test:
+    """At no more backward passes the one is not below the other: the other's longest training that costs no more."""
+
+    def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
+        side = pool.of(frugal(epochs), [measure])
+        others = [pool.of(one, [measure]) for one in lavish()]
+        if side is None or not side.passes():
+            return None
+        most = fmean(side.passes())
+        within_cost = [one for one in others if one and one.passes() and fmean(one.passes()) <= most]
+        if not within_cost:
+            return None
+        other = max(within_cost, key=lambda one: fmean(one.passes()))
+        difference = contrast(side.outcomes(measure), other.outcomes(measure))
+        told = "; ".join(
+            f"{one.contestant.name} {one.contestant.epochs} epochs, {fmean(one.passes()):.0f} passes an example, "
+            f"{_median(one, measure)}"
+            for one in (side, other)
+        )
+        said = f"{title(measure)}: {told}; difference {difference.told()}"
+        return not_below(*difference[1:], MARGIN), said, [side, other]
+
+    return Test(claim, judge)
+
+
+def _all(pool: Pool, whom: Sequence[Contestant], measures: Sequence[str]) -> list[Seeds] | None:
+    """Everybody's runs; None where somebody has none."""
+    found = [pool.of(one, [measure for measure in measures if measure != "clean"]) for one in whom]
+    return [one for one in found if one] if all(found) else None
+
+
+def _trained(pool: Pool, whom: Contestant) -> Seeds | None:
+    side = pool.of(whom, [])
+    return side if side and side.curves("steps_per_example") else None
+
+
+def _median(side: Seeds, measure: str) -> str:
+    """`57.1 ± 0.4`"""
+    middle, spread = over_seeds(side.accuracies(measure))
+    return f"{middle:.1f} ± {spread:.1f}"
+
+
+def drops(divisors: Sequence[tuple[object, float]]) -> list[float]:
+    """The shares of training at which a learning rate drops by ten, from ("59/120", 10.0) and the like."""
+    from fractions import Fraction
+
+    return [float(Fraction(str(at))) for (_, before), (at, after) in pairwise(divisors) if after >= 10 * before]
