@@ -20,8 +20,9 @@ from fatbench.swift import Cast, ChannelsLast, agreement, alike
 # What treats each value by itself, or each channel's.
 _EACH = (nn.ReLU, nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.ELU, nn.Softplus)
 _EACH_FUNCTION = (F.relu, torch.relu, F.silu, F.gelu)
+_POOLS: dict[Any, type[nn.Module]] = {F.max_pool2d: nn.MaxPool2d, F.avg_pool2d: nn.AvgPool2d}
 _SUM = (operator.add, operator.iadd, torch.add)
-SHARE = 0.5  # of a map: a larger window is not worth its bookkeeping
+SHARE = 0.7  # of a map: a larger window is not worth its bookkeeping
 MEMORY = 2**30  # bytes that may be kept of known images
 
 
@@ -79,6 +80,7 @@ class Patches:
         self.known: dict[fx.Node, Tensor] = {}
         self.asked: dict[fx.Node, Value] = {}
         self.x = self.now = torch.empty(0)
+        self.window: Window | None = None
 
     @property
     def bytes(self) -> int:
@@ -87,14 +89,14 @@ class Patches:
 
     def ask(self, x: Tensor) -> Tensor:
         """Logits (N, classes) of images (N, C, H, W)."""
-        self.now = x = x.contiguous(memory_format=torch.channels_last)
+        self.now = x
         if x.shape != self.x.shape:
             self.known = {}
-        window = self._changed(x) if self.known else None
+        self.window = self._changed(x) if self.known else None
         values: dict[fx.Node, Value] = {}
         for node in self.nodes:
             if node.op == "placeholder":
-                values[node] = x if window is None else Part(window, window.of(x))
+                values[node] = _last(x) if self.window is None else Part(self.window, _last(self.window.of(x)))
             elif node.op == "output":
                 break
             else:
@@ -115,7 +117,8 @@ class Patches:
             self.known = {node: value.clone() for node, value in self.asked.items() if isinstance(value, Tensor)}
         elif which.any():
             rows = which.nonzero().squeeze(1)
-            self.x[rows] = self.now[rows]
+            place = self.window or _all(self.now)
+            place.of(self.x)[rows] = place.of(self.now)[rows]
             for node, value in self.asked.items():
                 window, inner = value if isinstance(value, Part) else (_all(value), value)
                 window.of(self.known[node])[rows] = inner[rows]
@@ -143,9 +146,17 @@ class Patches:
 
     def _joins(self, node: fx.Node) -> bool:
         """Whether it is a sum of two maps, or slides a kernel over one."""
-        if node.op == "call_function":
-            return node.target in _SUM and len(node.all_input_nodes) == 2 and not node.kwargs
-        return node.op == "call_module" and _slides(_uncast(self.layers[str(node.target)])) is not None
+        if node.op == "call_function" and node.target in _SUM:
+            return len(node.all_input_nodes) == 2 and not node.kwargs
+        return (layer := self._layer(node)) is not None and _slides(_uncast(layer)) is not None
+
+    def _layer(self, node: fx.Node) -> nn.Module | None:
+        """The layer that a node is; None of one that is none."""
+        if node.op == "call_module":
+            layer: nn.Module = self.layers[str(node.target)]
+            return layer
+        pool = _POOLS.get(node.target) if node.op == "call_function" else None
+        return pool(*node.args[1:], **node.kwargs) if pool else None
 
     def _part(self, node: fx.Node, values: dict[fx.Node, Value]) -> Part | None:
         """A layer's answer inside the window that its input changes; None where all of it must be computed."""
@@ -158,8 +169,8 @@ class Patches:
             return Part(parts[0].window, getattr(self.run, node.op)(node.target, args, node.kwargs))
         if not self._joins(node):
             return None
-        if node.op == "call_module":
-            return self._slid(self.layers[str(node.target)], node.all_input_nodes[0], parts[0])
+        if (layer := self._layer(node)) is not None:
+            return self._slid(layer, node.all_input_nodes[0], parts[0])
         window = parts[0].window.union(parts[1].window)
         if not window.small(*self.known[node.all_input_nodes[0]].shape[2:]):
             return None
@@ -248,6 +259,10 @@ def _applied(layer: nn.Module, x: Tensor) -> Tensor:
         return F.conv2d(x, layer.weight, layer.bias, layer.stride, groups=layer.groups)
     answer: Tensor = layer(x)
     return answer
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _all(x: Tensor) -> Window:

@@ -81,13 +81,14 @@ class Seeds:
 
 
 class Pool:
-    """The records of some folders, by the settings of their networks and the budget they were examined at."""
+    """The records of some folders (or of the `records` in them), by the settings of their networks."""
 
     def __init__(self, folders: Iterable[Path], world: World) -> None:
         self.world = world
         self.paths: dict[str, dict[int, list[Path]]] = {}
         self._read: dict[Path, tuple[Record, pd.DataFrame]] = {}
-        for path in sorted(path for folder in folders if folder.is_dir() for path in folder.rglob("*.json")):
+        places = [folder / "records" if (folder / "records").is_dir() else folder for folder in folders]
+        for path in sorted(path for place in places for path in place.rglob("*.json")):
             if path.name.startswith("."):
                 continue
             record = read(path)

@@ -113,7 +113,7 @@ def collapses(claim: Claim, falling: At, standing: At, best: Callable[[int], lis
             return None
         gone = []
         for side in sides:
-            others = [pool.of(one, ["clean"]) for one in best(epochs) if one.defense == side.contestant.defense]
+            others = [pool.of(one, []) for one in best(epochs) if one.defense == side.contestant.defense]
             top = max(fmean(one.accuracies("clean")) for one in [side, *others] if one)
             gone.append(sum(r.collapsed or 2 * 100 * r.right["clean"].mean() < top for r in side.runs))
         first, other = (count / len(side.runs) for count, side in zip(gone, sides, strict=True))
