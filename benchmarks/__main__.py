@@ -1,6 +1,6 @@
 """Every benchmark in one command: a table of ratios, theirs / ours, so more is better.
 
-    python -m benchmarks [--rounds 5] [--only train,evaluate,floor,startup] [--models small-cnn,resnet-18]
+    python -m benchmarks [--rounds 5] [--only train,evaluate,floor,change,startup] [--models small-cnn,resnet-18]
 
 Written to benchmarks/results.json and benchmarks/results.md. The machine should have nothing else to do. AutoAttack
 beside the stock library is a command of its own: python -m benchmarks.autoattack.
@@ -16,12 +16,13 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks import evaluation, floor, training
-from benchmarks.timing import HEAD, ratios, row, told
+from benchmarks import changes, evaluation, floor, training
+from benchmarks.timing import HEAD, over, row, told, turns
 from benchmarks.worlds import BATCHES
 
 
@@ -29,14 +30,17 @@ def startup(rounds: int) -> Iterator[dict[str, Any]]:
     def start(*command: str) -> Callable[[], object]:
         return partial(subprocess.run, [sys.executable, *command], check=True, capture_output=True)
 
-    found = ratios(start("-c", "import torch"), start("-m", "fatbench", "--help"), rounds)
-    yield row("startup", "import torch", "", found, note="fatbench --help")
+    times = turns({"torch": start("-c", "import torch"), "help": start("-m", "fatbench", "--help")}, rounds)
+    note = f"fatbench --help, {median(times['help']):.2f} s"
+    yield row("startup", "import torch", "", over(times["torch"], times["help"]), note=note)
 
 
 def measured(kinds: set[str], models: list[str], rounds: int) -> Iterator[dict[str, Any]]:
     if "startup" in kinds:
         yield from startup(rounds)
     for arch in models:
+        if "change" in kinds:
+            yield from changes.steps(arch, 3 * rounds)
         if "floor" in kinds:
             yield from floor.distances(arch, rounds)
             yield floor.memory(arch)
@@ -51,7 +55,7 @@ def measured(kinds: set[str], models: list[str], rounds: int) -> Iterator[dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="startup,floor,evaluate,train")
+    parser.add_argument("--only", default="startup,change,floor,evaluate,train")
     parser.add_argument("--models", default=",".join(BATCHES))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     asked = parser.parse_args()

@@ -1,6 +1,6 @@
 """AutoAttack standard at full budget, stock pyautoattack beside ours, chunk by chunk in one process.
 
-    python -m benchmarks.autoattack path/to/cifar10.npz --n 512
+    python -m benchmarks.autoattack path/to/cifar10.npz --n 512 [--undefended]
 
 A small CNN is trained for a minute (FGSM with random starts, after Wong et al., ICLR 2020), then each chunk is examined
 three times: by the library as it is, by ours in float32, by ours crafting in bfloat16. Printed: robust accuracy, flags
@@ -39,8 +39,8 @@ def network(width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16 * width, 10))
 
 
-def trained(loaded: data.Data, seconds: float, width: int) -> nn.Module:
-    """FGSM from a random start with a step of 10/255, for so long."""
+def trained(loaded: data.Data, seconds: float, width: int, eps: float) -> nn.Module:
+    """FGSM from a random start with a step of 10/255, for so long; natural training where eps is 0."""
     torch.manual_seed(0)
     net = network(width)
     sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -51,9 +51,9 @@ def trained(loaded: data.Data, seconds: float, width: int) -> nn.Module:
         rows = torch.randint(len(x), (128,))
         flip = torch.rand(128)[:, None, None, None] < 0.5
         images = torch.where(flip, x[rows].flip(3), x[rows])
-        delta = torch.empty_like(images).uniform_(-EPS, EPS).requires_grad_()
+        delta = torch.empty_like(images).uniform_(-eps, eps).requires_grad_()
         grad = torch.autograd.grad(F.cross_entropy(net.train()(images + delta), y[rows]), delta)[0]
-        delta = (delta.detach() + 10 / 255 * grad.sign()).clamp(-EPS, EPS)
+        delta = (delta.detach() + 10 / 255 * grad.sign()).clamp(-eps, eps)
         sgd.zero_grad()
         F.cross_entropy(net((images + delta).clamp(0, 1)), y[rows]).backward()
         sgd.step()
@@ -83,12 +83,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", help="CIFAR-10 as path.npz")
     parser.add_argument("--n", type=int, default=512)
-    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--chunk", type=int, default=250, help="examples attacked together; 250 in both")
     parser.add_argument("--seconds", type=float, default=60, help="CPU seconds of training")
     parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--undefended", action="store_true", help="train without an attack")
     given = parser.parse_args()
     loaded = data.load(given.data)
-    net = trained(loaded, given.seconds, given.width)
+    net = trained(loaded, given.seconds, given.width, 0.0 if given.undefended else EPS)
     probe = loaded.x_test[:32].contiguous()
     ways: dict[str, Callable[[Chunk], Tensor]] = {
         "stock": lambda chunk: stock(net, chunk),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -14,10 +14,18 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def ratios(theirs: Callable[[], object], ours: Callable[[], object], rounds: int) -> list[float]:
-    """Theirs and ours in turn, after one of each to warm up; sorted."""
-    theirs(), ours()
-    return sorted(timed(theirs) / timed(ours) for _ in range(rounds))
+def turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way, all in turn in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            seconds[name].append(timed(way))
+    return seconds
+
+
+def over(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
+    """The ratio of each round, sorted."""
+    return sorted(a / b for a, b in zip(theirs, ours, strict=True))
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.textbook import earlystop
-from benchmarks.timing import ratios, row
+from benchmarks.timing import over, row, turns
 from benchmarks.worlds import BATCHES, EPS, STEP, STEPS, pictures, trained
 from fatbench.attacks import Friendly, cross_entropy, kl, pgd, uniform
 from fatbench.defense import build
@@ -20,6 +21,7 @@ from fatbench.folding import layout
 from fatbench.quantities import Progress
 from fatbench.registry import defenses
 
+World = list[tuple[Tensor, Tensor, Tensor]]  # batches: images, labels, starts
 # The friendly defense, and what its inner search climbs.
 FAMILY = {"fat": cross_entropy, "fat-trades": kl, "fat-mart": cross_entropy}
 
@@ -71,47 +73,56 @@ def learners(name: str, net: nn.Module, tau: int, half: bool) -> tuple[Learner, 
     return Learner(name, deepcopy(net), tau), Learner(name, mine, tau, half)
 
 
+def _compared(
+    arch: str, name: str, net: nn.Module, tau: int, world: World, rounds: int, note: str
+) -> Iterator[dict[str, Any]]:
+    """The textbook against ours in float32 and in bfloat16, on the same batches from the same starts."""
+    (theirs, ours), (_, half) = learners(name, net, tau, False), learners(name, net, tau, True)
+    ways = {"textbook": theirs.theirs, "float32": ours.ours, "bf16": half.ours}
+    for step in ways.values():  # to warm up
+        x, y, start = world[0]
+        step(x[:16], y[:16], start[:16])
+    times = turns({way: partial(_all, step, world) for way, step in ways.items()}, rounds)
+    for precision in ("float32", "bf16"):
+        pace = sum(len(x) for x, _, _ in world) / median(times[precision])
+        told = f"{note} of {name}, {ours.steps:.1f} attack steps, {pace:.0f} images a second"
+        found = over(times["textbook"], times[precision])
+        yield row("train", "textbook", arch, found, tau=tau, precision=precision, note=told)
+
+
+def _all(step: Callable[[Tensor, Tensor, Tensor], Tensor], world: World) -> None:
+    for x, y, start in world:
+        step(x, y, start)
+
+
+def _world(arch: str, batches: int) -> World:
+    """Batches with their starts."""
+    drawn = [pictures(BATCHES[arch], 2000 + i) for i in range(batches)]
+    return [(x, y, uniform(x, EPS)) for x, y in drawn]
+
+
 def steps(arch: str, rounds: int) -> Iterator[dict[str, Any]]:
     """One step of FAT, TRADES and MART at tau 0, 1 and K."""
-    net, (x, y) = trained(arch), pictures(BATCHES[arch], 999)
-    start = uniform(x, EPS)
+    net, world = trained(arch), _world(arch, 1)
     for name in FAMILY:
         for tau in (0, 1, STEPS):
-            for half in (False, True):
-                theirs, ours = learners(name, net, tau, half)
-                found = ratios(partial(theirs.theirs, x, y, start), partial(ours.ours, x, y, start), rounds)
-                yield row(
-                    "train", "textbook", arch, found, tau=tau, precision="bf16" if half else "float32",
-                    note=f"step of {name}, {ours.steps:.1f} attack steps",
-                )  # fmt: skip
+            yield from _compared(arch, name, net, tau, world, rounds, "step")
 
 
 def epochs(arch: str, rounds: int, batches: int = 4) -> Iterator[dict[str, Any]]:
-    """Some consecutive batches of FAT, fresh starts and all."""
-    net, batch = trained(arch), BATCHES[arch]
-    world = [pictures(batch, 2000 + i) for i in range(batches)]
+    """Some consecutive batches of FAT."""
+    net, world = trained(arch), _world(arch, batches)
     for tau in (0, STEPS):
-        for half in (False, True):
-            theirs, ours = learners("fat", net, tau, half)
-            found = ratios(partial(_epoch, theirs.theirs, world), partial(_epoch, ours.ours, world), rounds)
-            yield row(
-                "train", "textbook", arch, found, tau=tau, precision="bf16" if half else "float32",
-                note=f"{batches} batches of fat, {ours.steps:.1f} attack steps",
-            )  # fmt: skip
+        yield from _compared(arch, "fat", net, tau, world, rounds, f"{batches} batches")
 
 
 def friendly(arch: str, rounds: int, batches: int = 4) -> Iterator[dict[str, Any]]:
     """Madry's time over FAT's at tau 0, beside the ratio of their executed backward passes, the updates' included."""
-    net, batch = trained(arch), BATCHES[arch]
-    world = [pictures(batch, 2000 + i) for i in range(batches)]
-    _, madry = learners("fat", net, STEPS, False)
-    _, fat = learners("fat", net, 0, False)
-    found = ratios(partial(_epoch, madry.ours, world), partial(_epoch, fat.ours, world), rounds)
-    examples = batch * batches * (rounds + 1)
+    net, world = trained(arch), _world(arch, batches)
+    madry, fat = (learners("fat", net, tau, False)[1] for tau in (STEPS, 0))
+    ways = {"madry": madry.ours, "fat": fat.ours}
+    times = turns({way: partial(_all, step, world) for way, step in ways.items()}, rounds)
+    examples = BATCHES[arch] * batches * rounds
     passes = (madry.backwards + examples) / (fat.backwards + examples)
+    found = over(times["madry"], times["fat"])
     yield row("cost", "madry", arch, found, tau=0, precision="float32", note=f"backward passes {passes:.2f} to 1")
-
-
-def _epoch(step: Callable[[Tensor, Tensor, Tensor], Tensor], world: list[tuple[Tensor, Tensor]]) -> None:
-    for x, y in world:
-        step(x, y, uniform(x, EPS))

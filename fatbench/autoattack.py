@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fatbench.attacks import crafting
+from fatbench.patches import Patches, patches
 
 Version = Literal["standard", "plus", "rand"]
 STAGES: dict[Version, tuple[str, ...]] = {
@@ -196,7 +198,7 @@ def spares(library: Any, network: Watched) -> None:
             attack.attack_single_run = _sparing(attack.attack_single_run, network)
     library.fab.attack_single_run = _nearing(library.fab, network)
     if network.craft is not network.judge:
-        library.square.margin_and_loss = _judging(library.square.margin_and_loss, network)
+        library.square.margin_and_loss = _Queries(library.square.margin_and_loss, network)
 
 
 def _sparing(single: Callable[..., Any], network: Watched) -> Callable[..., Any]:
@@ -231,19 +233,43 @@ def _nearing(fab: Any, network: Watched) -> Callable[..., Any]:
     return run
 
 
-def _judging(margin: Callable[..., Any], network: Watched) -> Callable[..., Any]:
-    def judged(x: Tensor, y: Tensor) -> Any:
-        def run(x: Tensor) -> Tensor:
-            logits = network.answer(network.craft, x)
-            return network.judged(x, y, logits, logits.argmax(dim=1) != y)
+class _Queries:
+    """Square's questions, asked of the swift copy and judged: most change one small square of what was asked before.
 
-        network.run = run
+    Square keeps a query that lowers its loss, and goes on with those whose margin is above 0.
+    """
+
+    def __init__(self, margin: Callable[..., Any], network: Watched) -> None:
+        self.margin, self.network = margin, network
+        self.patches: Patches | None = None
+        self.best: Tensor | None = None
+
+    def __call__(self, x: Tensor, y: Tensor) -> Any:
+        if self.best is None:
+            self.patches = patches(self.network.craft, x) if self.network.piece is None else None
+        self.network.run = partial(self._asked, y=y)
         try:
-            return margin(x, y)
+            margins, losses = self.margin(x, y)
         finally:
-            network.run = None
+            self.network.run = None
+        self._keep(margins, losses)
+        return margins, losses
 
-    return judged
+    def _asked(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.patches is None:
+            logits = self.network.answer(self.network.craft, x)
+        else:
+            logits = self.patches.ask(x)
+            self.network.forwards += len(x)
+        return self.network.judged(x, y, logits, logits.argmax(dim=1) != y)
+
+    def _keep(self, margins: Tensor, losses: Tensor) -> None:
+        if self.best is None or len(self.best) != len(losses):
+            self.best = torch.full_like(losses, torch.inf)
+        better, going = (losses < self.best) | (margins <= 0), margins > 0
+        if self.patches is not None:
+            self.patches.keep(better, going)
+        self.best = torch.where(better, losses, self.best)[going]
 
 
 # ------------------------------------------------------------------------------------------------ guards

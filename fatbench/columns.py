@@ -54,6 +54,12 @@ ACCURACY = (
     ("_high", "upper end"),
 )
 TAIL = (
+    Column(
+        "best_known",
+        "Float64",
+        "the least worst case of the same networks on the same images at this budget, under any protocol's or outside "
+        "attacks among the records; the median over seeds",
+    ),
     Column("pgd_gap", "Float64", "PGD-20 minus AutoAttack, in points; the median over seeds"),
     Column("masking", "string", "whether AutoAttack's own checks suspect masked gradients: suspected, or no sign"),
     Column("best_minus_last", "Float64", "worst case of the best epoch minus that of the last, in points: overfitting"),

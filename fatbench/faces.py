@@ -62,6 +62,8 @@ def cells(table: pd.DataFrame, *, brief: bool = False) -> pd.DataFrame:
     shown["seeds"] = [_seeds(row) for row in found]
     shown |= {} if brief else {head: [_text(tell(row)) for row in found] for head, tell in _WIDE.items()}
     idle = [head for head in ("epochs", *_WIDE) if set(shown.get(head, ())) <= {"unknown"}]
+    lower = "worst" in table and bool((table["best_known"] < table["worst"]).any())
+    idle += [] if lower else ["best known"]
     return pd.DataFrame({head: texts for head, texts in shown.items() if head not in idle}, index=table.index)
 
 
@@ -130,6 +132,7 @@ def _duration(row: Row) -> str:
 
 
 _WIDE: dict[str, Callable[[Row], Any]] = {
+    "best known": _points("best_known", ".1f"),
     "PGD-20 − AutoAttack": _points("pgd_gap", "+.1f"),
     "masking": lambda row: row["masking"],
     "best − last": _points("best_minus_last", "+.1f"),

@@ -55,6 +55,14 @@ def layout(device: torch.device, cast: torch.dtype | None) -> torch.memory_forma
     return torch.channels_last if device.type == "cpu" or cast is not None else torch.preserve_format
 
 
+PIECE = 32  # images: on a CPU what a layer leaves of so many is still in the cache when the next one reads it
+
+
+def in_pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """Images (N, C, H, W) as a CPU had best take them: some at a time."""
+    return torch.split(x, PIECE) if x.device.type == "cpu" else (x,)
+
+
 def _plain(net: nn.Module) -> bool:
     """Whether it is one of ours, whole: nobody hooked into it or put other layers in."""
     return type(net) in _KNOWN and not any(
@@ -76,7 +84,8 @@ class _Folded:
 
     def __call__(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            logits: Tensor = self.graph(x if self.cast is None else x.to(self.cast))
+            parts = [self.graph(part) for part in in_pieces(x if self.cast is None else x.to(self.cast))]
+        logits: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         return logits if self.cast is None else logits.float()
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ unfinished run has a row and no number.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
@@ -28,7 +29,12 @@ def lines(records: Sequence[Record]) -> list[Line]:
     files: dict[str, set[str]] = {}
     for record in records:
         files.setdefault(record.result.data.name, set()).add(record.result.data.fingerprint)
-    return [_line(record, several=len(files[record.result.data.name]) > 1) for record in records]
+    found = [_line(record, several=len(files[record.result.data.name]) > 1) for record in records]
+    for same in grouped(found, "fingerprint", "attacked"):
+        least = min(same, key=lambda line: line["correct"].get("worst", math.inf))
+        for line in same:
+            line["best_known"] = least["correct"].get("worst"), least["protocol"]
+    return found
 
 
 def grouped(table: Iterable[Line], *names: str) -> Iterator[list[Line]]:
@@ -62,6 +68,8 @@ def _line(record: Record, several: bool) -> dict[str, Any]:
         "seed": network.seed,
         "status": _status(record),
         "n": result.data.n,
+        # What attacks of any protocol, outside ones too, are compared on.
+        "attacked": digest([result.data.model_dump(mode="json"), result.eps_value, result.norm]),
         # One contestant: the same settings but for the seed, examined on the same samples in the same way. Its last and
         # its best epoch are two.
         "training_of": digest([settings or network.fingerprint, examined]),
@@ -165,7 +173,13 @@ def _row(group: list[Line], attacks: list[str]) -> dict[str, Any]:
     both = [counts for counts in correct if {"pgd-20", "autoattack"} <= counts.keys()]
     row["pgd_gap"] = _median(100 * (counts["pgd-20"] - counts["autoattack"]) / first["n"] for counts in both)
     row |= {"masking": _masking(good), "ids": " ".join(line["id"] for line in group)} | _effort(good)
-    row["notes"] = "; ".join(_told_once(warning for line in good for warning in line["warnings"]))
+    notes = _told_once(warning for line in good for warning in line["warnings"])
+    known = [line["best_known"] for line in good if "worst" in line["correct"]]
+    row["best_known"] = _median(100 * right / first["n"] for right, _ in known)
+    elsewhere = dict.fromkeys(by for line in good for _, by in [line["best_known"]] if by != line["protocol"])
+    if row["best_known"] is not None and elsewhere:
+        notes.append(f"best known {row['best_known']:.1f}, by {', '.join(elsewhere)}")
+    row["notes"] = "; ".join(notes)
     return row
 
 

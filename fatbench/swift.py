@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
+from fatbench.folding import in_pieces
+
 Precision = Literal["float32", "bf16"]
 # The most by which a copy's logits, each example's mean taken off, may differ, as a share of the largest: what another
 # order of sums may do, and what eight bits may do over many layers.
@@ -33,7 +35,7 @@ def swift(model: nn.Module, x: Tensor, precision: Precision = "float32") -> nn.M
     copying: tuple[Callable[[nn.Module], nn.Module], ...] = (_folded, deepcopy)
     for copied, dtype in product(copying, dtypes):
         try:
-            copy = _ChannelsLast(dtype(copied(model)))
+            copy = ChannelsLast(dtype(copied(model)))
             if _agrees(copy, model, x, precision):
                 return copy
         except Exception:  # anybody's code: what cannot be traced, copied or run in bfloat16 stays as it is
@@ -41,19 +43,24 @@ def swift(model: nn.Module, x: Tensor, precision: Precision = "float32") -> nn.M
     return None
 
 
-class _ChannelsLast(nn.Module):
-    """A network that lays out its images and weights channels last and answers in float32."""
+class ChannelsLast(nn.Module):
+    """A network that lays out its images and weights channels last and answers in float32.
+
+    On a CPU it takes a few images at a time: what a layer leaves is then still in the cache when the next one reads it.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.network(x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        parts = [self.network(part) for part in in_pieces(x)]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         return logits.float()
 
 
-class _Cast(nn.Module):
+class Cast(nn.Module):
     """A layer that takes one type and hands on another."""
 
     def __init__(self, layer: nn.Module, takes: torch.dtype, gives: torch.dtype) -> None:
@@ -78,7 +85,7 @@ def _plain(network: nn.Module) -> nn.Module:
 
 
 def _bf16(network: nn.Module) -> nn.Module:
-    return _Cast(network.to(torch.bfloat16), torch.bfloat16, torch.float32)
+    return Cast(network.to(torch.bfloat16), torch.bfloat16, torch.float32)
 
 
 def _bf16_within(network: nn.Module) -> nn.Module:
@@ -89,16 +96,22 @@ def _bf16_within(network: nn.Module) -> nn.Module:
         layer.to(torch.bfloat16)
     for (name, layer), gives in ((first, torch.bfloat16), (last, torch.float32)):
         parent, _, own = name.rpartition(".")
-        setattr(network.get_submodule(parent), own, _Cast(layer, torch.float32, gives))
+        setattr(network.get_submodule(parent), own, Cast(layer, torch.float32, gives))
     return network
 
 
 @torch.no_grad()
 def _agrees(copy: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor, precision: Precision) -> bool:
-    return _alike(copy(x), model(x), AGREEMENT[precision])
+    return alike(copy(x), model(x), AGREEMENT[precision])
 
 
-def _alike(ours: Tensor, theirs: Tensor, agreement: float) -> bool:
+def agreement(copy: nn.Module) -> float:
+    """By how much the answers of a copy of this type may differ."""
+    return AGREEMENT["bf16" if any(p.dtype == torch.bfloat16 for p in copy.parameters()) else "float32"]
+
+
+def alike(ours: Tensor, theirs: Tensor, agreement: float) -> bool:
+    """Whether logits (N, classes) agree, each example's mean taken off, to a share of the largest."""
     if ours.shape != theirs.shape or not torch.isfinite(ours).all():
         return False
     theirs, ours = theirs - theirs.mean(dim=1, keepdim=True), ours - ours.mean(dim=1, keepdim=True)

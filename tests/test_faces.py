@@ -40,6 +40,7 @@ def put(tmp_path: Path) -> Put:
         selection: str = "last", fields: dict[str, Any] | None = None, training: Any = TRAINING, clean: int = 190,
         warnings: tuple[str, ...] = (), dataset: str = "digits", arch: str = "digits-cnn",
         status: str = "done", settings: dict[str, Any] | None = None, source: str = "these tests",
+        protocol: str = "house", weights: str | None = None,
     ) -> Record:  # fmt: skip
         k = next(made)
         index = np.arange(N)
@@ -50,7 +51,7 @@ def put(tmp_path: Path) -> Put:
             table[f"{attack}.broken"] = index >= holds
         correct = record.count(table, list(right))
         network = {
-            "fingerprint": f"weights {k}", "arch": arch, "defense": defense, "fields": fields or {},
+            "fingerprint": weights or f"weights {k}", "arch": arch, "defense": defense, "fields": fields or {},
             "seed": seed,
             "settings": {"defense": defense, "seed": seed, "eps": eps_train, "fields": fields or {}} | (settings or {}),
             "eps_train": eps_train, "selection": selection, "epoch": 3, "epochs": 3, "status": status,
@@ -63,7 +64,7 @@ def put(tmp_path: Path) -> Put:
             "chunk": 250, "correct": correct, "accuracies": {a: c / N for a, c in correct.items()}, "stages": {},
             "collapsed": False, "outcomes": record.outcomes_hash(table), "warnings": warnings,
         }  # fmt: skip
-        said = {"name": "house", "version": 1, "source": source, "attacks": {attack: {} for attack in right}}
+        said = {"name": protocol, "version": 1, "source": source, "attacks": {attack: {} for attack in right}}
         run = {"device": "cpu (x)"} | ({"training": training} if training else {})
         told = {"id": f"r-{k:012}", "protocol": said, "result": result, "run": run}
         return record.write(tmp_path / "records", told, table)
@@ -124,6 +125,25 @@ def test_the_gap_between_pgd_and_autoattack_is_the_median_of_each_seeds_own(put:
     for seed, (pgd, auto) in enumerate(((150, 100), (140, 120), (160, 100))):
         put({"pgd-20": pgd, "autoattack": auto}, seed=seed)
     assert one_row(gathered())["pgd_gap"] == pytest.approx(25)
+
+
+def test_what_another_attack_found_of_the_same_networks_is_the_best_known(put: Put, gathered: Any) -> None:
+    put({"fgsm": 150, "autoattack": 100}, weights="w")
+    assert "best known" not in faces.cells(leaderboard.board(gathered()))
+    put({"external": 80}, weights="w", source="by hand", protocol="external-0a1b2c3d")
+    whole = leaderboard.board(gathered())
+    row = {str(k): v for k, v in whole[whole["protocol"] == "house v1"].iloc[0].items()}
+    assert (row["worst"], row["best_known"]) == (50, 40)
+    assert "best known 40.0, by external-0a1b2c3d v1" in row["notes"]
+    assert list(faces.cells(whole)["best known"]) == ["40.0", "40.0"]
+
+
+def test_another_budget_or_network_says_nothing_of_this_one(put: Put, gathered: Any) -> None:
+    put({"fgsm": 150, "autoattack": 100}, weights="w")
+    put({"external": 80}, weights="w", eps="0.4", protocol="external-0a1b2c3d")
+    put({"external": 70}, weights="v", protocol="external-0a1b2c3d")
+    whole = leaderboard.board(gathered())
+    assert whole[whole["protocol"] == "house v1"]["best_known"].tolist() == [50]
 
 
 def test_masking_is_a_verdict_only_where_autoattack_looked(put: Put, gathered: Any) -> None:

@@ -49,6 +49,7 @@ const COLUMNS = [
   ...data.attacks.map(([name, title]) => ({ id: name, title: title[0].toUpperCase() + title.slice(1), on: true, number: true, value: (row) => row[name], show: (row) => accuracy(row, name) })),
   { id: "n", title: "n", ...figure("n", String) },
   { id: "seeds", title: "Seeds", on: true, number: true, value: (row) => row.seeds, show: (row) => (row.failed ? (row.seeds ? `${row.seeds} (+${row.failed} failed)` : `${row.failed} failed`) : row.seeds === undefined ? unknown(row) : String(row.seeds)) },
+  { id: "best_known", title: "Best known", ...figure("best_known", (v) => v.toFixed(1)) },
   { id: "pgd_gap", title: "PGD-20 − AA", ...figure("pgd_gap", points) },
   { id: "masking", title: "Masking", ...plain("masking") },
   { id: "best_minus_last", title: "Best − last", ...figure("best_minus_last", points) },
