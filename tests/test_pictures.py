@@ -208,6 +208,14 @@ def test_figure_3_is_the_same_for_the_same_seed(pair: Evidence) -> None:
     assert mixture.measured("digits", 1, figure="fig3", epochs=4, device="cpu") == pair[1]
 
 
+def test_a_user_s_own_data_is_measured_at_the_budget_given(npz: Any) -> None:
+    made = str(npz(classes=5, n=100))
+    one = mixture.measured(made, 0, figure="fig3", eps="8/255", epochs=1, picture=False, device="cpu")
+    assert (one["eps"], one["n"]) == ("8/255", 40)
+    with pytest.raises(Refused, match="--eps"):
+        mixture.measured(made, 0, figure="fig3", epochs=1)
+
+
 def test_figure_12_shows_three_classes_of_a_network_that_knows_ten() -> None:
     one = mixture.measured("digits", 0, figure="fig12", epochs=1, picture=False, device="cpu")
     assert "picture" not in one

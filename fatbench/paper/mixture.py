@@ -82,7 +82,7 @@ def claims(figure: str) -> tuple[Claim, Claim, Claim]:
 
 def measured(
     dataset: str, seed: int, *, figure: str = "fig3", picture: bool = True, arch: str | None = None,
-    epochs: int = EPOCHS, lr: float = 0.1, batch_size: int = 64, device: str = "auto",
+    eps: str | None = None, epochs: int = EPOCHS, lr: float = 0.1, batch_size: int = 64, device: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Trains on natural images, attacks training images of the shown classes, looks inside: plain JSON.
 
@@ -91,7 +91,7 @@ def measured(
     """
     spec, loaded = _asked(figure, dataset)
     settings = recipe.resolve(
-        "standard", dataset=dataset, arch=arch, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed
+        "standard", dataset=dataset, arch=arch, eps=eps, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed
     )
     shown = _of_classes(loaded, spec.classes)
     *_, (_, net) = trained(settings, shown if spec.alone else loaded, device)
