@@ -26,7 +26,7 @@ from fatbench.attacks import Friendly, crafting, natural, pgd
 from fatbench.data import Data, balanced_order
 from fatbench.errors import Refused, unknown
 from fatbench.paper.claims import Claim, Finding, sided, within
-from fatbench.paper.pictured import difference, grouped, rounded, scatter, strangers, trained
+from fatbench.paper.pictured import grouped, mean_difference, rounded, scatter, strangers, trained
 from fatbench.plots import STYLE
 from fatbench.quantities import number
 
@@ -256,8 +256,8 @@ def _found_of(evidence: Sequence[dict[str, Any]]) -> list[Finding]:
     crossed, blended, shapes = (_means(evidence, measure) for measure in ("crossed", "mixed", "silhouette"))
     told = "; silhouette " + ", ".join(f"{fmean(shapes[which]):.2f} {title}" for which, title in TITLES.items())
     crossing, mixture, apart = claims(first["figure"])
-    over, more = (difference(_less(shares["pgd"], shares["friendly"])) for shares in (crossed, blended))
-    added = difference(_less(blended["friendly"], blended["natural"]))
+    over, more = (mean_difference(_less(shares["pgd"], shares["friendly"])) for shares in (crossed, blended))
+    added = mean_difference(_less(blended["friendly"], blended["natural"]))
     return [
         Finding(crossing, sided(*over[:2]), f"crossed: {_told(crossed)}; PGD-20 less PGD-20-0 {over[2]}{told}", *rest),
         Finding(mixture, sided(*more[:2]), f"mixed: {_told(blended)}; PGD-20 less PGD-20-0 {more[2]}", *rest),
