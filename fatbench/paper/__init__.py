@@ -1,1 +1,1 @@
-"""The FAT paper's claims, tested again: what is trained, what is measured, and what may be concluded."""
+"""The paper's claims, tested on what runs here: sweeps, statistical verdicts, plots, and the report made of them."""

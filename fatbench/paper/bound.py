@@ -53,22 +53,22 @@ LINES = {"trades": "TRADES's bound", "madry": "greatest loss", "friendly": "FAT'
 
 
 def measured(
-    dataset: str, seed: int, *, defense: str = "fat", arch: str | None = None, epochs: int = EPOCHS, n: int = 500,
-    lr: float = 0.1, batch_size: int = 64, device: str = "auto",
+    dataset: str, seed: int, *, defense: str = "fat", arch: str | None = None, eps: str | None = None,
+    epochs: int = EPOCHS, n: int = 500, lr: float = 0.1, batch_size: int = 64, device: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Trains a contestant and measures the bounds and the risk on the first n test images on the way: plain JSON."""
     loaded = data.load(dataset)
     settings = recipe.resolve(
-        defense, dataset=dataset, arch=arch, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed
+        defense, dataset=dataset, arch=arch, eps=eps, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed
     )
-    x, y, eps = loaded.x_test[:n], loaded.y_test[:n], number(settings.eps)
+    x, y = loaded.x_test[:n], loaded.y_test[:n]
     times = min(LOOKS, epochs)
     looks = {round(epochs * at / times) for at in range(1, times + 1)}
     curves: dict[str, list[float]] = {name: [] for name in ("epoch", *LINES)}
     for epoch, net in trained(settings, loaded, device):
         if epoch in looks:
             where = next(net.parameters()).device
-            for name, value in {"epoch": epoch, **bounds(net, x.to(where), y.to(where), eps)}.items():
+            for name, value in {"epoch": epoch, **bounds(net, x.to(where), y.to(where), number(settings.eps))}.items():
                 curves[name].append(value)
     said = {"figure": "theorem1", "dataset": dataset, "arch": settings.arch, "defense": defense, "seed": seed}
     return rounded({**said, "epochs": epochs, "eps": settings.eps, "n": len(y), "curves": curves})

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fatbench.attacks import Friendly, natural, pgd
 from fatbench.paper.claims import Claim, Finding, sided
-from fatbench.paper.pictured import difference, logits_of, rounded, scatter, strangers
+from fatbench.paper.pictured import logits_of, mean_difference, rounded, scatter, strangers
 from fatbench.plots import STYLE
 
 PLACE = "Figure 1"
@@ -148,7 +148,7 @@ def found(evidence: Sequence[dict[str, Any]]) -> list[Finding]:
 
 
 def _compared(claim: Claim, evidence: Sequence[dict[str, Any]], figure: str) -> Finding:
-    low, high, said = difference(
+    low, high, said = mean_difference(
         [one["figures"]["pgd"][figure] - one["figures"]["friendly"][figure] for one in evidence]
     )
     shares = {name: fmean(one["figures"][name][figure] for one in evidence) for name in TITLES}

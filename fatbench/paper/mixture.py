@@ -26,7 +26,7 @@ from fatbench.attacks import Friendly, crafting, natural, pgd
 from fatbench.data import Data, balanced_order
 from fatbench.errors import Refused, unknown
 from fatbench.paper.claims import Claim, Finding, sided, within
-from fatbench.paper.pictured import difference, grouped, rounded, scatter, strangers, trained
+from fatbench.paper.pictured import grouped, mean_difference, rounded, scatter, strangers, trained
 from fatbench.plots import STYLE
 from fatbench.quantities import number
 
@@ -82,7 +82,7 @@ def claims(figure: str) -> tuple[Claim, Claim, Claim]:
 
 def measured(
     dataset: str, seed: int, *, figure: str = "fig3", picture: bool = True, arch: str | None = None,
-    epochs: int = EPOCHS, lr: float = 0.1, batch_size: int = 64, device: str = "auto",
+    eps: str | None = None, epochs: int = EPOCHS, lr: float = 0.1, batch_size: int = 64, device: str = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Trains on natural images, attacks training images of the shown classes, looks inside: plain JSON.
 
@@ -91,7 +91,7 @@ def measured(
     """
     spec, loaded = _asked(figure, dataset)
     settings = recipe.resolve(
-        "standard", dataset=dataset, arch=arch, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed
+        "standard", dataset=dataset, arch=arch, eps=eps, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed
     )
     shown = _of_classes(loaded, spec.classes)
     *_, (_, net) = trained(settings, shown if spec.alone else loaded, device)
@@ -256,8 +256,8 @@ def _found_of(evidence: Sequence[dict[str, Any]]) -> list[Finding]:
     crossed, blended, shapes = (_means(evidence, measure) for measure in ("crossed", "mixed", "silhouette"))
     told = "; silhouette " + ", ".join(f"{fmean(shapes[which]):.2f} {title}" for which, title in TITLES.items())
     crossing, mixture, apart = claims(first["figure"])
-    over, more = (difference(_less(shares["pgd"], shares["friendly"])) for shares in (crossed, blended))
-    added = difference(_less(blended["friendly"], blended["natural"]))
+    over, more = (mean_difference(_less(shares["pgd"], shares["friendly"])) for shares in (crossed, blended))
+    added = mean_difference(_less(blended["friendly"], blended["natural"]))
     return [
         Finding(crossing, sided(*over[:2]), f"crossed: {_told(crossed)}; PGD-20 less PGD-20-0 {over[2]}{told}", *rest),
         Finding(mixture, sided(*more[:2]), f"mixed: {_told(blended)}; PGD-20 less PGD-20-0 {more[2]}", *rest),

@@ -86,7 +86,7 @@ def scatter(axis: Axes, points: Sequence[Sequence[float]], labels: Sequence[int]
         axis.scatter(x, y, marker=MARKERS[at], color=COLOURS[at], **{"s": 12, "linewidths": 0, **style})
 
 
-def difference(values: Sequence[float]) -> tuple[float, float, str]:
+def mean_difference(values: Sequence[float]) -> tuple[float, float, str]:
     """The interval of the mean of differences in percentage points, one a seed, and how it is told:
     `12.0 [8.0, 16.0] points`.
 
