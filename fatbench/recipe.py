@@ -72,12 +72,13 @@ class Settings(BaseModel):
 
     def toml(self) -> str:
         """These settings as a recipe file; what is unset is left out."""
-        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+        return tomli_w.dumps(without_none(self.model_dump(mode="json")))
 
 
-def _without_none(value: Any) -> Any:
+def without_none(value: Any) -> Any:
+    """What is said, without what is unset, all the way down: TOML knows no null."""
     if isinstance(value, dict):
-        return {key: _without_none(v) for key, v in value.items() if v is not None}
+        return {key: without_none(v) for key, v in value.items() if v is not None}
     return value
 
 

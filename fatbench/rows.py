@@ -15,6 +15,7 @@ from typing import Any
 from fatbench import columns
 from fatbench.files import digest
 from fatbench.quantities import eps_class, number
+from fatbench.recipe import without_none
 from fatbench.record import Record, Training
 from fatbench.stats import over_seeds, ranks, wilson
 
@@ -47,7 +48,8 @@ def grouped(table: Iterable[Line], *names: str) -> Iterator[list[Line]]:
 
 def _line(record: Record, several: bool) -> dict[str, Any]:
     result, network = record.result, record.result.network
-    settings = {key: value for key, value in network.settings.items() if key != "seed"}
+    # A run that a sweep wrote down as TOML says nothing of what is unset.
+    settings = without_none({key: value for key, value in network.settings.items() if key != "seed"})
     said = record.protocol.model_dump(mode="json")
     examined = [result.data.model_dump(mode="json"), result.eps, result.seed, said]
     return {

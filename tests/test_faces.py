@@ -138,6 +138,12 @@ def test_what_another_attack_found_of_the_same_networks_is_the_best_known(put: P
     assert list(faces.cells(whole)["best known"]) == ["40.0", "40.0"]
 
 
+def test_what_is_unset_and_what_is_not_said_are_one_contestant(put: Put, gathered: Any) -> None:
+    put({"fgsm": 150}, seed=0, settings={"n_train": None, "fields": {"step_size": None, "steps": 10}})
+    put({"fgsm": 150}, seed=1, settings={"fields": {"steps": 10}})
+    assert one_row(gathered())["seeds"] == 2
+
+
 def test_another_budget_or_network_says_nothing_of_this_one(put: Put, gathered: Any) -> None:
     put({"fgsm": 150, "autoattack": 100}, weights="w")
     put({"external": 80}, weights="w", eps="0.4", protocol="external-0a1b2c3d")

@@ -16,7 +16,7 @@ from fatbench.compare import held
 from fatbench.errors import Refused
 from fatbench.files import digest
 from fatbench.paper.contestants import Contestant, World
-from fatbench.recipe import Settings
+from fatbench.recipe import Settings, without_none
 from fatbench.record import Record, Training, read, read_outcomes
 
 
@@ -148,7 +148,7 @@ def _house() -> tuple[str, int]:
 
 def _key(settings: Settings) -> str:
     """What the runs of one contestant share: all but the seed, and who says so."""
-    said = settings.model_dump(mode="json")
+    said = without_none(settings.model_dump(mode="json"))
     return digest({key: value for key, value in said.items() if key not in ("seed", "source", "shape")})
 
 
