@@ -109,14 +109,14 @@ def steps(arch: str, rounds: int) -> Iterator[dict[str, Any]]:
             yield from _compared(arch, name, net, tau, world, rounds, "step")
 
 
-def epochs(arch: str, rounds: int, batches: int = 4) -> Iterator[dict[str, Any]]:
+def epochs(arch: str, rounds: int, batches: int = 3) -> Iterator[dict[str, Any]]:
     """Some consecutive batches of FAT."""
     net, world = trained(arch), _world(arch, batches)
     for tau in (0, STEPS):
         yield from _compared(arch, "fat", net, tau, world, rounds, f"{batches} batches")
 
 
-def friendly(arch: str, rounds: int, batches: int = 4) -> Iterator[dict[str, Any]]:
+def friendly(arch: str, rounds: int, batches: int = 3) -> Iterator[dict[str, Any]]:
     """Madry's time over FAT's at tau 0, beside the ratio of their executed backward passes, the updates' included."""
     net, world = trained(arch), _world(arch, batches)
     madry, fat = (learners("fat", net, tau, False)[1] for tau in (STEPS, 0))
