@@ -274,19 +274,37 @@ def test_backward_passes_that_grow_stay_below_k_and_surge(put: Put, pool: Callab
     assert judged(verdicts.grows(CLAIM, MADRY), pool())[0] == "does not hold"
     assert judged(verdicts.surges(CLAIM, FAT, [0.5]), pool())[0] == "holds"
     assert judged(verdicts.surges(CLAIM, MADRY, [0.5]), pool())[0] == "does not hold"
+    for seed in range(3):
+        put(FAT(15), seed, {"pgd-20": 10}, steps=[1 + epoch / 8 + seed / 16 for epoch in range(15)])
+    verdict, said = judged(verdicts.surges(CLAIM, FAT, [0.5]), pool(), 15)  # that they grow all the time is no surge
+    assert verdict == "undecided"
+    assert said.endswith("surge +0.00 [+0.00, +0.00]")
     assert judged(verdicts.cheaper(CLAIM, FAT, 10), pool())[0] == "holds"
     assert judged(verdicts.cheaper(CLAIM, FAT, 2), pool())[0] == "does not hold"
 
 
-def test_equal_cost_compares_with_the_longest_training_that_costs_no_more(put: Put, pool: Callable[[], Pool]) -> None:
+def test_equal_cost_compares_with_what_lies_between_two_budgets(put: Put, pool: Callable[[], Pool]) -> None:
     for seed in range(3):
         put(FAT(60), seed, {"autoattack": 120 + seed}, steps=[4] * 60)
         for epochs, right in ((15, 60), (30, 100), (60, 150)):
-            put(MADRY(epochs), seed, {"autoattack": right + seed}, steps=[10] * epochs)
+            put(MADRY(epochs), seed, {"autoattack": right + seed}, steps=[9] * epochs)
     test = verdicts.at_equal_cost(CLAIM, FAT, lambda: [MADRY(epochs) for epochs in (15, 30, 60)], "autoattack")
     verdict, said = judged(test, pool())
     assert verdict == "holds"
-    assert "madry 15 epochs, 150 passes an example" in said
+    assert "fat, 60 epochs: 300 passes an example" in said
+    assert "madry, 30 epochs: 300 passes an example" in said
+    assert "difference at equal cost +10.0 " in said
+
+
+def test_outcomes_between_two_budgets_are_mixed_in_proportion(put: Put, pool: Callable[[], Pool]) -> None:
+    for seed in range(3):
+        put(FAT(60), seed, {"autoattack": 100 + seed}, steps=[5.75] * 60)
+        for epochs, right in ((30, 80), (60, 160)):
+            put(MADRY(epochs), seed, {"autoattack": right + seed}, steps=[9] * epochs)
+    test = verdicts.at_equal_cost(CLAIM, FAT, lambda: [MADRY(30), MADRY(60)], "autoattack")
+    assert "difference at equal cost -4.0 " in judged(test, pool())[1]  # 405 passes: 108 of 200, from 80 and 160
+    cheap = verdicts.at_equal_cost(CLAIM, FAT, lambda: [MADRY(60), MADRY(60)], "autoattack")
+    assert cheap.finding(pool(), 60, "x") is None
 
 
 # ------------------------------------------------------------------------------------------------ experiments
