@@ -324,6 +324,30 @@ def test_no_two_claims_share_a_name_and_all_are_about_contestants_that_are_train
         assert {one.epochs for one in own.whom(DIGITS)} <= set(DIGITS.budgets), name
 
 
+def test_the_tables_have_the_papers_rows_at_the_larger_budget_and_of_beta_1(put: Put, pool: Callable[[], Pool]) -> None:
+    for seed in range(3):
+        put(MADRY(60), seed, {"pgd-20": 100 + seed}, clean=190)
+        put(at("fat", "0.4")(60), seed, {"pgd-20": 130 + seed}, clean=190)
+        put(at("trades", beta=1.0)(60), seed, {"pgd-20": 100 + seed}, clean=180)
+        put(at("fat-trades", beta=1.0)(60), seed, {"pgd-20": 90 + seed}, clean=195)
+    found = {one.claim.id: one.verdict for one in reproduce.findings(["table1", "table2"], pool(), [])}
+    assert found == {
+        "table1-larger-pgd-20": "holds", "table1-larger-natural": "holds",
+        "table2-beta1-natural": "holds", "table2-beta1-pgd-20": "does not hold",
+    }  # fmt: skip
+
+
+def test_every_claim_is_of_contestants_that_its_budgets_train(put: Put, pool: Callable[[], Pool]) -> None:
+    everybody = {one for own in EXPERIMENTS.values() for one in own.whom(DIGITS)}
+    attacks = dict.fromkeys({attack for own in EXPERIMENTS.values() for attack in own.attacks}, 100)
+    for one in everybody:
+        put(one, 0, attacks, steps=[4.0] * one.epochs)
+    said = pool()
+    unheard = [test.claim.id for own in EXPERIMENTS.values() for test in own.tests
+               if not any(test.finding(said, epochs, "x") for epochs in own.budgets(DIGITS))]  # fmt: skip
+    assert unheard == []
+
+
 def test_each_experiment_of_the_paper_has_its_recipes() -> None:
     paper = [name for name in (*EXPERIMENTS, *SAME) if name.startswith(("table", "fig"))]
     shelved = reproduce.shelved(paper)
