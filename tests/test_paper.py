@@ -15,7 +15,7 @@ from scipy import stats
 
 from fatbench import recipe, record
 from fatbench.errors import Refused, Unknown
-from fatbench.paper import report, reproduce, verdicts
+from fatbench.paper import drawn, report, reproduce, verdicts
 from fatbench.paper.claims import Claim, Interval, contrast, mean_interval, not_below, sided, trend, within
 from fatbench.paper.contestants import DIGITS, Contestant, world
 from fatbench.paper.experiment import at
@@ -441,3 +441,28 @@ def test_a_small_experiment_runs_from_nothing_and_goes_on(
     (found,) = report.publish(["margin"], pool, [out], out)
     assert (found.n, found.seeds, found.budget) == (360, 1, "1 epochs")
     assert "the first is above the second" in (tmp_path / "out.md").read_text()
+
+
+def test_nothing_recorded_is_no_page(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="nothing is recorded of fig4, table1"):
+        report.publish(["fig4", "table1"], reproduce.pooled("digits", [tmp_path]), [tmp_path], tmp_path / "page")
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_the_figures_that_a_finding_says_add_up(put: Put, pool: Callable[[], Pool]) -> None:
+    for seed, right in enumerate((100, 100, 160)):  # medians would tell a loss of 5 points
+        put(FAT(60), seed, {"pgd-20": right})
+        put(MADRY(60), seed, {"pgd-20": (110, 120, 70)[seed]})
+    said = judged(verdicts.versus(CLAIM, FAT, MADRY, "pgd-20"), pool())[1]
+    assert said.startswith("PGD-20: fat 60.0 ± 17.3, madry 50.0 ± 13.2; difference +10.0 ")
+
+
+def test_accuracy_is_drawn_against_the_cost_of_training(put: Put, pool: Callable[[], Pool]) -> None:
+    whole = dict.fromkeys(EXPERIMENTS["cost"].attacks, 100)
+    for epochs in DIGITS.budgets:
+        put(MADRY(epochs), 0, {**whole, "autoattack": 50 + epochs}, steps=[9] * epochs)
+    ((name, figure),) = drawn.figures("cost", EXPERIMENTS["cost"], pool())
+    natural, attacked = (axis.lines[0] for axis in figure.axes)
+    assert name == "cost"
+    assert list(attacked.get_xdata()) == list(natural.get_xdata()) == [150, 300, 600]
+    assert list(attacked.get_ydata()) == pytest.approx([32.5, 40, 55])

@@ -62,7 +62,7 @@ def versus(claim: Claim, first: At, second: At, measure: str, margin: float | No
         same_examples(*sides)
         difference = contrast(sides[0].outcomes(measure), sides[1].outcomes(measure))
         verdict = sided(*difference[1:]) if margin is None else not_below(*difference[1:], margin)
-        told = ", ".join(f"{side.contestant.name} {_median(side, measure)}" for side in sides)
+        told = ", ".join(f"{side.contestant.name} {_mean(side, measure)}" for side in sides)
         return verdict, f"{title(measure)}: {told}; difference {difference.told()}", sides
 
     return Test(claim, judge)
@@ -76,7 +76,7 @@ def alike(claim: Claim, first: At, second: At, measure: str, margin: float = PLA
         if sides is None:
             return None
         difference = contrast(sides[0].outcomes(measure), sides[1].outcomes(measure))
-        told = ", ".join(f"{side.contestant.name} {_median(side, measure)}" for side in sides)
+        told = ", ".join(f"{side.contestant.name} {_mean(side, measure)}" for side in sides)
         return within(*difference[1:], margin), f"{title(measure)}: {told}; difference {difference.told()}", sides
 
     return Test(claim, judge)
@@ -92,7 +92,7 @@ def falls(claim: Claim, line: Callable[[int], list[tuple[float, Contestant]]], m
             return None
         pairs = [(x, y) for (x, _), side in zip(points, sides, strict=True) for y in side.accuracies(measure)]
         slope = trend(*zip(*pairs, strict=True))
-        ends = f"{_median(sides[0], measure)} at {points[0][0]:g}, {_median(sides[-1], measure)} at {points[-1][0]:g}"
+        ends = f"{_mean(sides[0], measure)} at {points[0][0]:g}, {_mean(sides[-1], measure)} at {points[-1][0]:g}"
         said = f"{title(measure)}: {ends}; slope {slope.told('+.2f')} points for 1 of {what}"
         return sided(-slope.high, -slope.low), said, sides
 
@@ -123,7 +123,7 @@ def collapses(claim: Claim, falling: At, standing: At, best: Callable[[int], lis
         elif first <= other:
             verdict = "does not hold"
         said = "; ".join(
-            f"{side.contestant.name} collapsed in {count} of {len(side.runs)} runs, natural {_median(side, 'clean')}"
+            f"{side.contestant.name} collapsed in {count} of {len(side.runs)} runs, natural {_mean(side, 'clean')}"
             for side, count in zip(sides, gone, strict=True)
         )
         return verdict, f"trained at eps {sides[0].contestant.eps}: {said}", sides
@@ -214,7 +214,7 @@ def at_equal_cost(claim: Claim, frugal: At, lavish: Callable[[], list[Contestant
         difference = contrast(first.outcomes(measure), between)
         told = "; ".join(
             f"{side.contestant.name}, {side.contestant.epochs} epochs: {fmean(side.passes()):.0f} passes an example, "
-            f"{_median(side, measure)}"
+            f"{_mean(side, measure)}"
             for side in (first, below, above)
         )
         said = f"{title(measure)}: {told}; difference at equal cost {difference.told()}"
@@ -239,10 +239,10 @@ def _trained(pool: Pool, whom: Contestant) -> Seeds | None:
     return side if side and side.curves("steps_per_example") else None
 
 
-def _median(side: Seeds, measure: str) -> str:
-    """`57.1 ± 0.4`"""
-    middle, spread = over_seeds(side.accuracies(measure))
-    return f"{middle:.1f} ± {spread:.1f}"
+def _mean(side: Seeds, measure: str) -> str:
+    """`57.1 ± 0.4`: over seeds; means, so that the difference that is told is that of the two."""
+    accuracies = side.accuracies(measure)
+    return f"{fmean(accuracies):.1f} ± {over_seeds(accuracies)[1]:.1f}"
 
 
 def drops(divisors: Sequence[tuple[object, float]]) -> list[float]:
