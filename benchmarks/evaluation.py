@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import over, row, turns
-from benchmarks.worlds import BATCHES, EPS, STEP, pictures, trained
+from benchmarks.worlds import EPS, EXAMINED, STEP, pictures, trained
 from fatbench.attacks import cw_margin
 from fatbench.evaluation import Chunk, examiner, verified
 
@@ -130,7 +130,7 @@ LIBRARIES = {"foolbox": by_foolbox, "torchattacks": by_torchattacks, "art": by_a
 def suites(arch: str, rounds: int) -> Iterator[dict[str, Any]]:
     """Each library against ours in float32 and with bfloat16 crafting; how many outcomes differ."""
     install()
-    net, (x, y) = trained(arch), pictures(BATCHES[arch], 999)
+    net, (x, y) = trained(arch), pictures(EXAMINED[arch], 999)
     found: dict[str, Tensor] = {}
 
     def way(name: str, suite: Suite) -> Callable[[], None]:

@@ -12,6 +12,8 @@ from fatbench.attacks import Friendly, pgd
 EPS, STEP, STEPS = 8 / 255, 2 / 255, 10
 # SmallCNN and ResNet-18 at the batch sizes that they are timed with.
 BATCHES = {"small-cnn": 128, "resnet-18": 64}
+# And how many images are examined under 151 steps by each of three libraries.
+EXAMINED = {"small-cnn": 64, "resnet-18": 16}
 
 
 def pictures(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -115,6 +115,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("sweep", "fig-4-small-cnn", "--workers", "0"), "greater than or equal to 1"),
         (("status", "nowhere"), "no sweep at nowhere"),
         (("job", "nowhere"), "nowhere holds no job"),
+        (("reproduce", "tabel1"), "did you mean table1"),
+        (("reproduce", "fig6", "--dataset", "mnist"), "set up for digits, not mnist"),
+        (("reproduce", "cost", "--scale", "paper"), "cost is not in the paper, and has no recipe"),
+        (("reproduce", "fig6", "--scale", "moon"), "not one of 'laptop', 'paper'"),
+        (("reproduce", "fig6", "--seeds", "0"), "greater than or equal to 1"),
         (("frobnicate",), "No such command"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
@@ -198,6 +203,15 @@ def test_recipes_are_listed_a_line_each(here: Cli) -> None:
     told = here("list", "recipes").stdout.splitlines()
     assert len(told) == len(recipe.shelf())
     assert all(len(line.split("  ", 1)[1].strip()) > 20 for line in told)
+
+
+def test_experiments_are_listed_and_told_before_they_are_run(here: Cli, tmp_path: Path) -> None:
+    listed = here("list", "experiments", "--names").stdout.split()
+    assert {"table1", "fig4", "fig20", "theorem1", "margin"} <= set(listed)
+    said = here("reproduce", "fig4", "--seeds", "1", "--dry-run").stdout.splitlines()
+    assert said[0] == "22 runs to train and examine"
+    assert len(said) == 23
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_resumed_run_needs_its_folder_alone(run: Path, here: Cli) -> None:

@@ -55,6 +55,21 @@ def test_the_logits_and_input_gradients_are_the_networks_own(net: nn.Module) -> 
     torch.testing.assert_close(answers[1], answers[0], rtol=1e-10, atol=1e-12)
 
 
+def test_images_that_pass_a_few_at_a_time_are_answered_as_all_at_once(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folding, "PIECE", 3)
+    x, passes = image(net), []
+    expected = torch.autograd.grad(net(point := x.clone().requires_grad_()).logsumexp(dim=1).sum(), point)[0]
+    copy = folded(net)
+    assert isinstance(copy, folding._Folded)
+    copy.graph.register_forward_hook(lambda module, given, answer: passes.append(len(given[0])))
+    point = x.clone().requires_grad_()
+    found = torch.autograd.grad(copy(point).logsumexp(dim=1).sum(), point)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert passes == [3, 1]
+
+
 def test_no_batchnorm_is_left_behind_a_convolution() -> None:
     for name in ("digits-cnn", "small-cnn", "resnet-18"):
         copy = folded(shaken(SMALL[name]()))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fatbench import recipe, sweep
 from fatbench.console import stderr, waiting
 from fatbench.errors import Refused, unknown
-from fatbench.files import read_json, write_json
+from fatbench.files import canonical, read_json, write_text
 from fatbench.job import Examine
 from fatbench.paper.claims import Finding
 from fatbench.paper.contestants import World, world
@@ -114,7 +114,7 @@ def measure(said: Sequence[str], dataset: str, scale: Scale, seeds: int | None, 
         return
     with waiting("measuring", len(todo)) as bar:
         for name, seed, path in todo:
-            write_json(path, PICTURES[name].measured(dataset, seed, scale))
+            write_text(path, canonical(PICTURES[name].measured(dataset, seed, scale)) + "\n")
             bar.advance(f"{name}, seed {seed}")
 
 
