@@ -15,7 +15,7 @@ from scipy import stats
 
 from fatbench import recipe, record
 from fatbench.errors import Refused, Unknown
-from fatbench.paper import report, reproduce, verdicts
+from fatbench.paper import drawn, report, reproduce, verdicts
 from fatbench.paper.claims import Claim, Interval, contrast, mean_interval, not_below, sided, trend, within
 from fatbench.paper.contestants import DIGITS, Contestant, world
 from fatbench.paper.experiment import at
@@ -274,19 +274,37 @@ def test_backward_passes_that_grow_stay_below_k_and_surge(put: Put, pool: Callab
     assert judged(verdicts.grows(CLAIM, MADRY), pool())[0] == "does not hold"
     assert judged(verdicts.surges(CLAIM, FAT, [0.5]), pool())[0] == "holds"
     assert judged(verdicts.surges(CLAIM, MADRY, [0.5]), pool())[0] == "does not hold"
+    for seed in range(3):
+        put(FAT(15), seed, {"pgd-20": 10}, steps=[1 + epoch / 8 + seed / 16 for epoch in range(15)])
+    verdict, said = judged(verdicts.surges(CLAIM, FAT, [0.5]), pool(), 15)  # that they grow all the time is no surge
+    assert verdict == "undecided"
+    assert said.endswith("surge +0.00 [+0.00, +0.00]")
     assert judged(verdicts.cheaper(CLAIM, FAT, 10), pool())[0] == "holds"
     assert judged(verdicts.cheaper(CLAIM, FAT, 2), pool())[0] == "does not hold"
 
 
-def test_equal_cost_compares_with_the_longest_training_that_costs_no_more(put: Put, pool: Callable[[], Pool]) -> None:
+def test_equal_cost_compares_with_what_lies_between_two_budgets(put: Put, pool: Callable[[], Pool]) -> None:
     for seed in range(3):
         put(FAT(60), seed, {"autoattack": 120 + seed}, steps=[4] * 60)
         for epochs, right in ((15, 60), (30, 100), (60, 150)):
-            put(MADRY(epochs), seed, {"autoattack": right + seed}, steps=[10] * epochs)
+            put(MADRY(epochs), seed, {"autoattack": right + seed}, steps=[9] * epochs)
     test = verdicts.at_equal_cost(CLAIM, FAT, lambda: [MADRY(epochs) for epochs in (15, 30, 60)], "autoattack")
     verdict, said = judged(test, pool())
     assert verdict == "holds"
-    assert "madry 15 epochs, 150 passes an example" in said
+    assert "fat, 60 epochs: 300 passes an example" in said
+    assert "madry, 30 epochs: 300 passes an example" in said
+    assert "difference at equal cost +10.0 " in said
+
+
+def test_outcomes_between_two_budgets_are_mixed_in_proportion(put: Put, pool: Callable[[], Pool]) -> None:
+    for seed in range(3):
+        put(FAT(60), seed, {"autoattack": 100 + seed}, steps=[5.75] * 60)
+        for epochs, right in ((30, 80), (60, 160)):
+            put(MADRY(epochs), seed, {"autoattack": right + seed}, steps=[9] * epochs)
+    test = verdicts.at_equal_cost(CLAIM, FAT, lambda: [MADRY(30), MADRY(60)], "autoattack")
+    assert "difference at equal cost -4.0 " in judged(test, pool())[1]  # 405 passes: 108 of 200, from 80 and 160
+    cheap = verdicts.at_equal_cost(CLAIM, FAT, lambda: [MADRY(60), MADRY(60)], "autoattack")
+    assert cheap.finding(pool(), 60, "x") is None
 
 
 # ------------------------------------------------------------------------------------------------ experiments
@@ -304,6 +322,30 @@ def test_no_two_claims_share_a_name_and_all_are_about_contestants_that_are_train
     for name, own in EXPERIMENTS.items():
         assert own.whom(DIGITS), name
         assert {one.epochs for one in own.whom(DIGITS)} <= set(DIGITS.budgets), name
+
+
+def test_the_tables_have_the_papers_rows_at_the_larger_budget_and_of_beta_1(put: Put, pool: Callable[[], Pool]) -> None:
+    for seed in range(3):
+        put(MADRY(60), seed, {"pgd-20": 100 + seed}, clean=190)
+        put(at("fat", "0.4")(60), seed, {"pgd-20": 130 + seed}, clean=190)
+        put(at("trades", beta=1.0)(60), seed, {"pgd-20": 100 + seed}, clean=180)
+        put(at("fat-trades", beta=1.0)(60), seed, {"pgd-20": 90 + seed}, clean=195)
+    found = {one.claim.id: one.verdict for one in reproduce.findings(["table1", "table2"], pool(), [])}
+    assert found == {
+        "table1-larger-pgd-20": "holds", "table1-larger-natural": "holds",
+        "table2-beta1-natural": "holds", "table2-beta1-pgd-20": "does not hold",
+    }  # fmt: skip
+
+
+def test_every_claim_is_of_contestants_that_its_budgets_train(put: Put, pool: Callable[[], Pool]) -> None:
+    everybody = {one for own in EXPERIMENTS.values() for one in own.whom(DIGITS)}
+    attacks = dict.fromkeys({attack for own in EXPERIMENTS.values() for attack in own.attacks}, 100)
+    for one in everybody:
+        put(one, 0, attacks, steps=[4.0] * one.epochs)
+    said = pool()
+    unheard = [test.claim.id for own in EXPERIMENTS.values() for test in own.tests
+               if not any(test.finding(said, epochs, "x") for epochs in own.budgets(DIGITS))]  # fmt: skip
+    assert unheard == []
 
 
 def test_each_experiment_of_the_paper_has_its_recipes() -> None:
@@ -399,3 +441,28 @@ def test_a_small_experiment_runs_from_nothing_and_goes_on(
     (found,) = report.publish(["margin"], pool, [out], out)
     assert (found.n, found.seeds, found.budget) == (360, 1, "1 epochs")
     assert "the first is above the second" in (tmp_path / "out.md").read_text()
+
+
+def test_nothing_recorded_is_no_page(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="nothing is recorded of fig4, table1"):
+        report.publish(["fig4", "table1"], reproduce.pooled("digits", [tmp_path]), [tmp_path], tmp_path / "page")
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_the_figures_that_a_finding_says_add_up(put: Put, pool: Callable[[], Pool]) -> None:
+    for seed, right in enumerate((100, 100, 160)):  # medians would tell a loss of 5 points
+        put(FAT(60), seed, {"pgd-20": right})
+        put(MADRY(60), seed, {"pgd-20": (110, 120, 70)[seed]})
+    said = judged(verdicts.versus(CLAIM, FAT, MADRY, "pgd-20"), pool())[1]
+    assert said.startswith("PGD-20: fat 60.0 ± 17.3, madry 50.0 ± 13.2; difference +10.0 ")
+
+
+def test_accuracy_is_drawn_against_the_cost_of_training(put: Put, pool: Callable[[], Pool]) -> None:
+    whole = dict.fromkeys(EXPERIMENTS["cost"].attacks, 100)
+    for epochs in DIGITS.budgets:
+        put(MADRY(epochs), 0, {**whole, "autoattack": 50 + epochs}, steps=[9] * epochs)
+    ((name, figure),) = drawn.figures("cost", EXPERIMENTS["cost"], pool())
+    natural, attacked = (axis.lines[0] for axis in figure.axes)
+    assert name == "cost"
+    assert list(attacked.get_xdata()) == list(natural.get_xdata()) == [150, 300, 600]
+    assert list(attacked.get_ydata()) == pytest.approx([32.5, 40, 55])

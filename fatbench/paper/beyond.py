@@ -8,7 +8,7 @@ from fatbench.paper import verdicts as tests
 from fatbench.paper.claims import Claim
 from fatbench.paper.contestants import DIGITS, Contestant
 from fatbench.paper.experiment import FRIENDS, WHOLE, Experiment, at, at_eps, every, longest, shortest
-from fatbench.paper.verdicts import MARGIN, Test
+from fatbench.paper.verdicts import MARGIN, At, Test
 
 
 def _budgets_of(defense: str) -> list[Contestant]:
@@ -51,6 +51,36 @@ def _costs(base: str) -> Test:
     return tests.at_equal_cost(claim, at(friend), partial(_budgets_of, base), "autoattack")
 
 
+# A gap of probabilities is at most 1; a gap of losses of 1 is odds of e against the label.
+_MARGINS = {
+    f"a {gap} gap of {rho:g}": at("fat-margin", rho=rho, **({} if gap == "probability" else {"gap": gap}))
+    for gap, rho in (("probability", 0.1), ("probability", 0.5), ("loss", 0.5), ("loss", 2.0))
+}
+_TAUS = (at("fat", tau=0), at("fat", tau=1))
+
+
+def _margin(told: str, whom: At) -> tuple[Test, ...]:
+    """A margin instead of one step more: tau 1 is the least that goes on past the boundary."""
+    key = f"margin-{told.removeprefix('a ').replace(' gap of ', '-')}"
+    return tuple(
+        tests.versus(
+            Claim(
+                f"{key}-{name}",
+                "Appendix A",
+                f"stopping at {told} is not below tau 1 by more than {MARGIN:g} {under}",
+            ),
+            whom,
+            at("fat", tau=1),
+            measure,
+            MARGIN,
+        )
+        for name, measure, under in (
+            ("robust", "autoattack", "under autoattack"),
+            ("natural", "clean", "in natural accuracy"),
+        )
+    )
+
+
 BEYOND = {
     "friendly": Experiment(
         _BEYOND,
@@ -80,35 +110,9 @@ BEYOND = {
     "margin": Experiment(
         _BEYOND,
         "the margin rule of Appendix A against tau",
-        lambda world: [
-            at("fat-margin", rho=0.1)(world.short),
-            at("fat-margin", rho=0.5)(world.short),
-            at("fat", tau=0)(world.short),
-            at("fat", tau=1)(world.short),
-        ],
+        lambda world: [one(world.short) for one in (*_MARGINS.values(), *_TAUS)],
         WHOLE,
-        (
-            tests.versus(
-                Claim(
-                    "margin-robust", "Appendix A", "a margin of 0.5 is not below tau 1 by more than 1 under autoattack"
-                ),
-                at("fat-margin", rho=0.5),
-                at("fat", tau=1),
-                "autoattack",
-                MARGIN,
-            ),
-            tests.versus(
-                Claim(
-                    "margin-natural",
-                    "Appendix A",
-                    "a margin of 0.5 is not below tau 1 by more than 1 in natural accuracy",
-                ),
-                at("fat-margin", rho=0.5),
-                at("fat", tau=1),
-                "clean",
-                MARGIN,
-            ),
-        ),
+        tuple(test for told, whom in _MARGINS.items() for test in _margin(told, whom)),
         shortest,
     ),
 }

@@ -86,7 +86,8 @@ def contrast(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> Inter
     is a t's, with the degrees of freedom of Welch and Satterthwaite. Of one seed it speaks of that network alone.
 
     Args:
-        first, second: For each seed (n,) bool, whether each test example is still classified rightly; the same n.
+        first, second: For each seed (n,) whether each test example is still classified rightly, or the share of two
+            networks that do; the same n.
     """
     from scipy.stats import t
 

@@ -76,7 +76,7 @@ class Contestant(NamedTuple):
     @property
     def name(self) -> str:
         """`fat, tau 3`"""
-        told = (f"{key} {value}" for key, value in self.fields if key in ("tau", "rho"))
+        told = (f"{key} {value}" for key, value in self.fields if key in ("tau", "rho", "gap", "beta"))
         return ", ".join([self.defense, *told])
 
     @property

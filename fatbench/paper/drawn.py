@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from matplotlib import rc_context
@@ -23,7 +23,7 @@ Line = list[tuple[float, Seeds]]
 
 def figures(name: str, experiment: Experiment, pool: Pool) -> Drawn:
     """(file's name, figure) of whatever is recorded of an experiment; nothing of one that is a table."""
-    known: Mapping[str, Callable[..., Drawn]] = {"fig4": _over_tau, "fig5": _over_epochs}
+    known: Mapping[str, Callable[..., Drawn]] = {"fig4": _over_tau, "fig5": _over_epochs, "cost": _over_cost}
     swept = _over_sweep if name.startswith("fig") else None
     if draw := known.get(name, swept):
         with rc_context(STYLE):
@@ -95,6 +95,25 @@ def _over_sweep(name: str, experiment: Experiment, pool: Pool) -> Drawn:
         axes[0].set_ylabel("accuracy, %")
         _legend(figure, axes[0])
         yield f"{name}-{epochs}", figure
+
+
+def _over_cost(name: str, experiment: Experiment, pool: Pool) -> Drawn:
+    """Natural accuracy and that under AutoAttack against backward passes; a point for each number of epochs."""
+    sides = [one for epochs in pool.world.budgets for one in _recorded(experiment, pool, epochs, experiment.attacks)]
+    lines: dict[str, Line] = {}
+    for side in sides:
+        if passes := side.passes():
+            lines.setdefault(side.contestant.name, []).append((fmean(passes), side))
+    if not lines:
+        return
+    figure, axes = _panels(2, f"{experiment.summary}; {pool.world.dataset}, eps {pool.world.eps}")
+    for axis, measure in zip(axes, ("clean", "autoattack"), strict=True):
+        for (label, line), style in zip(lines.items(), styles(), strict=False):
+            _banded(axis, sorted(line, key=lambda point: point[0]), measure, label=label, **style)
+        axis.set(xlabel="backward passes an example, over the training", ylabel="accuracy, %")
+        axis.set_title(title(measure), fontsize=8, loc="left")
+    _legend(figure, axes[0])
+    yield name, figure
 
 
 def _field(contestant: Contestant, key: str) -> float:

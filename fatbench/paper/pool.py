@@ -71,9 +71,9 @@ class Seeds:
         return [[value for value in curve if value is not None] for curve in told]
 
     def passes(self) -> list[float]:
-        """For each seed the gradients that crafting took, a training example, over the whole training."""
+        """For each seed the backward passes a training example, over the training: crafting's and the updates'."""
         told = [run.training for run in self.runs if run.training and run.training.backwards_per_example is not None]
-        return [(t.backwards_per_example or 0.0) * t.epochs for t in told]
+        return [(1 + (t.backwards_per_example or 0.0)) * t.epochs for t in told]
 
     @property
     def n(self) -> int:

@@ -9,19 +9,26 @@ from pathlib import Path
 
 import pandas as pd
 
+from fatbench.errors import Refused
 from fatbench.faces import escaped
 from fatbench.files import write_atomic, write_text
 from fatbench.paper import drawn, reproduce
 from fatbench.paper.claims import Finding
 from fatbench.paper.contestants import World
-from fatbench.paper.experiments import EXPERIMENTS
+from fatbench.paper.experiments import EXPERIMENTS, SAME
 from fatbench.paper.pictures import PICTURES
 from fatbench.paper.pool import Pool
 
 
 def publish(said: Sequence[str], pool: Pool, folders: Sequence[Path], out: Path) -> list[Finding]:
-    """Writes OUT.md and OUT/plots from what is recorded; the same records give the same text."""
+    """Writes OUT.md and OUT/plots from what is recorded; the same records give the same text.
+
+    Raises:
+        Refused: no claim can be judged by what is recorded.
+    """
     found = list(reproduce.findings(said, pool, folders))
+    if not found:
+        raise Refused(f"nothing is recorded of {', '.join(said)}: leave --tell out, or say --records FOLDER")
     plots = _plotted(said, pool, folders, out / "plots")
     write_text(out.with_name(f"{out.name}.md"), text(found, plots, pool.world, out.name))
     return found
@@ -69,6 +76,7 @@ def text(found: Sequence[Finding], plots: Sequence[Path], world: World, folder: 
         "# The paper's claims, run again",
         INTRODUCTION.format(dataset=world.dataset, eps=world.eps, budgets=", ".join(map(str, world.budgets)))
         + f"\n\n{told(found)}.",
+        _shared(),
     ]
     for heading, own in (("What the paper claims", paper), ("Beyond the paper", beyond)):
         if own:
@@ -77,6 +85,18 @@ def text(found: Sequence[Finding], plots: Sequence[Path], world: World, folder: 
         parts += ["## Plots", PLOTS, *(f"![{path.stem}]({folder}/plots/{path.name})" for path in plots)]
     parts += ["## What may not be concluded", LIMITS]
     return "\n\n".join(parts) + "\n"
+
+
+def _shared() -> str:
+    """Which figures stand for others, and what else must be known of an experiment."""
+    others: dict[str, list[str]] = {}
+    for name, own in SAME.items():
+        others.setdefault(own, []).append(name)
+    shared = "; ".join(f"{', '.join(names)} by {own}" for own, names in others.items())
+    notes = [f"`{name}`: {own.note}" for name, own in EXPERIMENTS.items() if own.note]
+    return " ".join(
+        [f"What differs in the paper by data or network alone is told here by one sweep: {shared}.", *notes]
+    )
 
 
 INTRODUCTION = """\

@@ -62,7 +62,7 @@ def versus(claim: Claim, first: At, second: At, measure: str, margin: float | No
         same_examples(*sides)
         difference = contrast(sides[0].outcomes(measure), sides[1].outcomes(measure))
         verdict = sided(*difference[1:]) if margin is None else not_below(*difference[1:], margin)
-        told = ", ".join(f"{side.contestant.name} {_median(side, measure)}" for side in sides)
+        told = ", ".join(f"{side.contestant.name} {_mean(side, measure)}" for side in sides)
         return verdict, f"{title(measure)}: {told}; difference {difference.told()}", sides
 
     return Test(claim, judge)
@@ -76,7 +76,7 @@ def alike(claim: Claim, first: At, second: At, measure: str, margin: float = PLA
         if sides is None:
             return None
         difference = contrast(sides[0].outcomes(measure), sides[1].outcomes(measure))
-        told = ", ".join(f"{side.contestant.name} {_median(side, measure)}" for side in sides)
+        told = ", ".join(f"{side.contestant.name} {_mean(side, measure)}" for side in sides)
         return within(*difference[1:], margin), f"{title(measure)}: {told}; difference {difference.told()}", sides
 
     return Test(claim, judge)
@@ -92,7 +92,7 @@ def falls(claim: Claim, line: Callable[[int], list[tuple[float, Contestant]]], m
             return None
         pairs = [(x, y) for (x, _), side in zip(points, sides, strict=True) for y in side.accuracies(measure)]
         slope = trend(*zip(*pairs, strict=True))
-        ends = f"{_median(sides[0], measure)} at {points[0][0]:g}, {_median(sides[-1], measure)} at {points[-1][0]:g}"
+        ends = f"{_mean(sides[0], measure)} at {points[0][0]:g}, {_mean(sides[-1], measure)} at {points[-1][0]:g}"
         said = f"{title(measure)}: {ends}; slope {slope.told('+.2f')} points for 1 of {what}"
         return sided(-slope.high, -slope.low), said, sides
 
@@ -123,7 +123,7 @@ def collapses(claim: Claim, falling: At, standing: At, best: Callable[[int], lis
         elif first <= other:
             verdict = "does not hold"
         said = "; ".join(
-            f"{side.contestant.name} collapsed in {count} of {len(side.runs)} runs, natural {_median(side, 'clean')}"
+            f"{side.contestant.name} collapsed in {count} of {len(side.runs)} runs, natural {_mean(side, 'clean')}"
             for side, count in zip(sides, gone, strict=True)
         )
         return verdict, f"trained at eps {sides[0].contestant.eps}: {said}", sides
@@ -162,7 +162,11 @@ def cheaper(claim: Claim, whose: At, steps: int) -> Test:
 
 
 def surges(claim: Claim, whose: At, shares: Sequence[float]) -> Test:
-    """Steps are more right after the learning rate drops (at these shares of the epochs) than right before it."""
+    """Steps rise more over the drops of the learning rate (at these shares of the epochs) than just before them.
+
+    They grow all the time, so the rise from the few epochs before a drop to those after it says nothing by itself: what
+    counts is how far it is above the rise over as many epochs before.
+    """
 
     def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
         side = _trained(pool, whose(epochs))
@@ -170,43 +174,58 @@ def surges(claim: Claim, whose: At, shares: Sequence[float]) -> Test:
             return None
         near = max(1, epochs // 20)
         drops = [round(share * epochs) for share in shares]
-        jumps = [
-            fmean(fmean(curve[at : at + near]) - fmean(curve[at - near : at]) for at in drops)
-            for curve in side.curves("steps_per_example")
-        ]
-        jump = Interval(*mean_interval(jumps))
-        where = ", ".join(str(at + 1) for at in drops)
+        jumps = [fmean(_rise(curve, at, near) for at in drops) for curve in side.curves("steps_per_example")]
+        befores = [fmean(_rise(curve, at - near, near) for at in drops) for curve in side.curves("steps_per_example")]
+        surge = Interval(*mean_interval([jump - before for jump, before in zip(jumps, befores, strict=True)]))
+        where = " and ".join(str(at + 1) for at in drops)
         said = (
-            f"{side.contestant.name}: {jump.told('+.2f')} steps from the {near} epochs before epochs {where} to those"
+            f"{side.contestant.name}: {fmean(jumps):+.2f} steps over the drops before epochs {where}, "
+            f"{fmean(befores):+.2f} just before; surge {surge.told('+.2f')}"
         )
-        return sided(*jump[1:]), f"{said} from them on", [side]
+        return sided(*surge[1:]), said, [side]
 
     return Test(claim, judge)
+
+
+def _rise(curve: Sequence[float], at: int, near: int) -> float:
+    """From the `near` epochs before one to the `near` from it on."""
+    return fmean(curve[at : at + near]) - fmean(curve[at - near : at])
 
 
 def at_equal_cost(claim: Claim, frugal: At, lavish: Callable[[], list[Contestant]], measure: str) -> Test:
-    """At no more backward passes the one is not below the other: the other's longest training that costs no more."""
+    """After as many backward passes the one is not below the other.
+
+    The other is known at several numbers of epochs. Between the two of them whose passes lie around the first one's, an
+    example's share of right answers is taken to change in proportion to the passes.
+    """
 
     def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
-        side = pool.of(frugal(epochs), [measure])
-        others = [pool.of(one, [measure]) for one in lavish()]
-        if side is None or not side.passes():
+        sides = _all(pool, [frugal(epochs), *lavish()], [measure])
+        if sides is None or not all(side.passes() for side in sides):
             return None
-        most = fmean(side.passes())
-        within_cost = [one for one in others if one and one.passes() and fmean(one.passes()) <= most]
-        if not within_cost:
+        first, *others = sides
+        cost, costs = fmean(first.passes()), {fmean(other.passes()): other for other in others}
+        around = next(((low, high) for low, high in pairwise(sorted(costs)) if low <= cost <= high), None)
+        if around is None:
             return None
-        other = max(within_cost, key=lambda one: fmean(one.passes()))
-        difference = contrast(side.outcomes(measure), other.outcomes(measure))
+        below, above = (costs[one] for one in around)
+        share = (cost - around[0]) / (around[1] - around[0])
+        between = _between(below.outcomes(measure), above.outcomes(measure), share)
+        difference = contrast(first.outcomes(measure), between)
         told = "; ".join(
-            f"{one.contestant.name} {one.contestant.epochs} epochs, {fmean(one.passes()):.0f} passes an example, "
-            f"{_median(one, measure)}"
-            for one in (side, other)
+            f"{side.contestant.name}, {side.contestant.epochs} epochs: {fmean(side.passes()):.0f} passes an example, "
+            f"{_mean(side, measure)}"
+            for side in (first, below, above)
         )
-        said = f"{title(measure)}: {told}; difference {difference.told()}"
-        return not_below(*difference[1:], MARGIN), said, [side, other]
+        said = f"{title(measure)}: {told}; difference at equal cost {difference.told()}"
+        return not_below(*difference[1:], MARGIN), said, [first, below, above]
 
     return Test(claim, judge)
+
+
+def _between(below: Sequence[np.ndarray], above: Sequence[np.ndarray], share: float) -> list[np.ndarray]:
+    """For each seed (n,) the outcomes of two budgets, mixed: `share` of the way from the first to the second."""
+    return [(1 - share) * one + share * other for one, other in zip(below, above, strict=False)]
 
 
 def _all(pool: Pool, whom: Sequence[Contestant], measures: Sequence[str]) -> list[Seeds] | None:
@@ -220,10 +239,10 @@ def _trained(pool: Pool, whom: Contestant) -> Seeds | None:
     return side if side and side.curves("steps_per_example") else None
 
 
-def _median(side: Seeds, measure: str) -> str:
-    """`57.1 ± 0.4`"""
-    middle, spread = over_seeds(side.accuracies(measure))
-    return f"{middle:.1f} ± {spread:.1f}"
+def _mean(side: Seeds, measure: str) -> str:
+    """`57.1 ± 0.4`: over seeds; means, so that the difference that is told is that of the two."""
+    accuracies = side.accuracies(measure)
+    return f"{fmean(accuracies):.1f} ± {over_seeds(accuracies)[1]:.1f}"
 
 
 def drops(divisors: Sequence[tuple[object, float]]) -> list[float]:
