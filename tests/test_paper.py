@@ -179,6 +179,13 @@ def test_other_examinations_do_not_count(other: dict[str, Any], put: Put, pool: 
     assert pool().of(FAT(60), ["pgd-20"]) is None
 
 
+@pytest.mark.parametrize("own", ["jobs", "evidence", "records"])
+def test_an_out_folder_may_hold_other_files_than_records(own: str, tmp_path: Path, pool: Callable[[], Pool]) -> None:
+    (tmp_path / own / "x").mkdir(parents=True)
+    (tmp_path / own / "x" / "examine.json" if own != "records" else tmp_path / "examine.json").write_text("{}")
+    assert Pool([tmp_path], DIGITS).paths == {}
+
+
 def test_only_what_is_not_recorded_is_to_be_done(put: Put, pool: Callable[[], Pool]) -> None:
     whole = dict.fromkeys(EXPERIMENTS["friendly"].attacks, 100)
     for defense in ("cat", "fat-cat", "dat"):

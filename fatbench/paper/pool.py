@@ -87,8 +87,7 @@ class Pool:
         self.world = world
         self.paths: dict[str, dict[int, list[Path]]] = {}
         self._read: dict[Path, tuple[Record, pd.DataFrame]] = {}
-        places = [folder / "records" if (folder / "records").is_dir() else folder for folder in folders]
-        for path in sorted(path for place in places for path in place.rglob("*.json")):
+        for path in sorted(path for folder in folders for path in _place(folder).rglob("*.json")):
             if path.name.startswith("."):
                 continue
             record = read(path)
@@ -119,6 +118,12 @@ class Pool:
         """The files of these runs."""
         keys = {(_key(one.contestant.settings(self.world, 0)), run.seed) for one in seeds for run in one.runs}
         return sorted({path for key, seed in keys for path in self.paths[key][seed]})
+
+
+def _place(folder: Path) -> Path:
+    """Where a folder's records lie: itself, unless it is an --out, which holds other files too."""
+    own = any((folder / name).is_dir() for name in ("records", "jobs", "evidence"))
+    return folder / "records" if own else folder
 
 
 def _known(settings: dict[str, Any]) -> Settings | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -149,18 +148,6 @@ def findings(said: Sequence[str], pool: Pool, folders: Sequence[Path]) -> Iterat
 def pooled(dataset: str, folders: Sequence[Path]) -> Pool:
     """The records of some folders, for a data set's world."""
     return Pool([folder for folder in folders if folder.is_dir()], world(dataset))
-
-
-def gathered(said: Sequence[str], pool: Pool, out: Path) -> int:
-    """Copies into out/records whatever these experiments stand on; how many records there are."""
-    used = {path for name in said if (own := EXPERIMENTS.get(SAME.get(name, name)))
-            for whom in own.whom(pool.world) for paths in pool.seeds(whom).values() for path in paths}  # fmt: skip
-    for path in sorted(used):
-        for file in (path, path.with_suffix(".parquet")):
-            if file.exists() and not (out / "records" / file.name).exists():
-                (out / "records").mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, out / "records" / file.name)
-    return len(used)
 
 
 # ------------------------------------------------------------------------------------------------ at the paper's scale
