@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
+from torch.nn.grad import conv2d_input
 
 from fatbench.folding import in_pieces
 
@@ -68,8 +69,28 @@ class Cast(nn.Module):
         self.layer, self.takes, self.gives = layer, takes, gives
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.layer, nn.Conv2d) and (self.takes, self.gives) == (torch.float32, torch.bfloat16):
+            pixels: Tensor = _Pixels.apply(x, self.layer)
+            return pixels
         answer: Tensor = self.layer(x.to(self.takes))
         return answer.to(self.gives)
+
+
+class _Pixels(torch.autograd.Function):
+    """A first convolution: in float32 as it sees pixels, in bfloat16 as it hands their gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Conv2d) -> Tensor:
+        ctx.layer, ctx.size = layer, x.shape
+        answer: Tensor = layer(x).to(torch.bfloat16)
+        return answer
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        layer, weight = ctx.layer, ctx.layer.weight.to(torch.bfloat16)
+        sliding = layer.stride, layer.padding, layer.dilation, layer.groups
+        back: Tensor = conv2d_input(ctx.size, weight, grad, *sliding)  # type: ignore[no-untyped-call]
+        return back.float(), None
 
 
 def _folded(model: nn.Module) -> nn.Module:
