@@ -414,6 +414,15 @@ def test_the_same_records_give_the_same_page_and_plots(put: Put, tmp_path: Path)
     assert "![fig4](page/plots/fig4.png)" in page
 
 
+def test_the_published_page_is_what_its_records_say(root: Path, tmp_path: Path) -> None:
+    folders = [root / "docs" / "reproduction", root / "leaderboard" / "records"]
+    out = tmp_path / "reproduction"
+    report.publish(reproduce.names(), reproduce.pooled("digits", folders), folders, out)
+    assert (tmp_path / "reproduction.md").read_text() == (root / "docs" / "reproduction.md").read_text()
+    published = {path.name for path in (root / "docs" / "reproduction" / "plots").iterdir()}
+    assert {path.name for path in (out / "plots").iterdir()} == published
+
+
 def test_what_was_measured_for_a_picture_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     own = reproduce.PICTURES["fig1"]

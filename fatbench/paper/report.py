@@ -109,7 +109,7 @@ How a verdict comes about: a difference is the mean over training seeds of one c
 on the same test images, with a 95 % t interval whose variance is that between seeds plus that of the images. A claim
 *holds* where its whole interval lies on the claim's side, *does not hold* where it lies wholly on the other, and is
 *undecided* in between. "Not below by more than 1" allows for one percentage point. Claims are tested one by one: of
-twenty, one may come out wrong by chance."""
+twenty, one may come out wrong by chance. A claim whose runs are not recorded yet has no row."""
 
 PLOTS = "Medians over seeds; bands go from the least to the greatest. The data behind each are the committed records."
 
