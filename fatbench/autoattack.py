@@ -233,6 +233,9 @@ def _nearing(fab: Any, network: Watched) -> Callable[..., Any]:
     return run
 
 
+FEW = 16  # images: of fewer the whole network takes no longer than the bookkeeping of what has changed
+
+
 class _Queries:
     """Square's questions, asked of the swift copy and judged: most change one small square of what was asked before.
 
@@ -246,7 +249,8 @@ class _Queries:
 
     def __call__(self, x: Tensor, y: Tensor) -> Any:
         if self.best is None:
-            self.patches = patches(self.network.craft, x) if self.network.piece is None else None
+            worth = len(x) >= FEW and self.network.piece is None
+            self.patches = patches(self.network.craft, x) if worth else None
         self.network.run = partial(self._asked, y=y)
         try:
             margins, losses = self.margin(x, y)

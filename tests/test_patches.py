@@ -176,6 +176,19 @@ def test_square_finds_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch)
     assert 0 < int(fell.sum()) < len(chunk.x)
 
 
+@pytest.mark.parametrize(("n", "piece", "tried"), [(16, None, [16]), (15, None, []), (16, 4, [])])
+def test_few_images_and_those_that_memory_splits_are_asked_about_whole(
+    n: int, piece: int | None, tried: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(autoattack, "patches", lambda craft, x: asked.append(len(x)))
+    network = autoattack.Watched(nn.Identity(), piece=piece)
+    queries = autoattack._Queries(lambda x, y: (torch.ones(len(x)), torch.ones(len(x))), network)
+    queries(torch.rand(n, 3, 8, 8), torch.zeros(n))
+    queries(torch.rand(n, 3, 8, 8), torch.zeros(n))
+    assert asked == tried
+
+
 def test_layers_in_place_are_made_not_to_be() -> None:
     net = Pooled().eval()
     copy = swift(net, torch.rand(4, 3, 32, 32))
