@@ -16,6 +16,7 @@ from fatbench import catalogue, protocol, recipe, record
 from fatbench.autoattack import STAGES
 from fatbench.doubts import CHECKS
 from fatbench.examination import Tier
+from fatbench.paper import reproduce
 from fatbench.registry import defenses, evaluations
 
 
@@ -53,7 +54,10 @@ def test_every_command_in_the_docs_names_what_exists(root: Path) -> None:
         words = command.split()
         assert words[1] in {
             "train", "evaluate", "leaderboard", "compare", "plot", "list", "show", "check", "demo", "sweep", "status",
+            "reproduce",
         }, command  # fmt: skip
+        if words[1] == "reproduce":
+            assert set(words[2:4]) <= set(reproduce.names()), command
         for word, value in pairwise(words):
             if word == "check" != words[1]:
                 continue  # leaderboard check takes records
