@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -32,7 +33,8 @@ def one(board: Path, tmp_path: Path) -> Callable[..., Path]:
     """A copy of a published record, changed: one(lambda said: ...), sealed again unless told otherwise."""
 
     def make(change: Callable[[dict[str, Any]], object] = lambda said: None, *, sealed: bool = True) -> Path:
-        source = sorted(board.glob("fat-digits-*.json"))[0]
+        fat = sorted(board.glob("fat-digits-*.json"))
+        source = next(path for path in fat if json.loads(path.read_text())["schema"] == 1)
         said = json.loads(source.read_text())
         change(said)
         if sealed:
@@ -140,11 +142,11 @@ def test_adversarial_examples_beside_a_record_are_held_to_the_ball(one: Callable
         (finding,) = check([path])
         return finding
 
-    edge = (clean + 0.3).clamp(0, 1)
+    edge = (clean + 0.4).clamp(0, 1)
     assert found(edge).notes[0].startswith("its adversarial examples lie in the ball")
     assert not found(torch.where(broken, edge, torch.tensor(7.0))).refused  # who held has no example
-    for wrong in ((clean + 0.31).clamp(0, 1), edge + 0.01, clean - 0.1, torch.full_like(clean, float("nan"))):
-        assert "who counts as broken lies outside the ball of 0.3 or [0, 1]" in found(wrong).refused
+    for wrong in ((clean + 0.41).clamp(0, 1), edge + 0.01, clean - 0.1, torch.full_like(clean, float("nan"))):
+        assert "who counts as broken lies outside the ball of 0.4 or [0, 1]" in found(wrong).refused
     assert "holds the examples of another record" in found(edge, of="f" * 64).refused
     assert "not one example for each" in found(edge, index=outcomes["index"][::-1]).refused
     assert "not one example for each" in found(edge[:7], index=outcomes["index"][:7]).refused
@@ -181,7 +183,7 @@ def test_the_same_board_has_no_changes(board: Path, root: Path, tmp_path: Path) 
 def test_rows_that_came_went_or_changed_are_told(board: Path, tmp_path: Path) -> None:
     publish.publish(leaderboard.gather(board), tmp_path / "old")
     told = json.loads((tmp_path / "old" / "board.json").read_text())
-    fat = next(row for row in told["rows"] if row["defense"] == "fat" and row["epochs"] == 60)
+    fat = next(row for row in told["rows"] if row["defense"] == "fat" and row["eps"] == "0.3")
     fat |= {"worst": 99.0, "rank": 1, "masking": None}
     gone = told["rows"].pop()
     told["rows"].append({**gone, "defense": "new"})
@@ -190,9 +192,9 @@ def test_rows_that_came_went_or_changed_are_told(board: Path, tmp_path: Path) ->
     assert [line[0] for line in lines] == ["-", "~", "+"]
     assert gone["defense"] in lines[0]
     assert lines[1].startswith(
-        "~ digits, linf, eps 0.3, fatbench-linf v1: fat (digits-cnn, trained at 0.3, 60 epochs, measured): "
+        "~ digits, linf, eps 0.3, fatbench-linf v2: fat (digits-cnn, trained at 0.3, 60 epochs, "
     )
-    assert "worst 30.56 -> 99" in lines[1]
+    assert re.search(r"worst \d\d\.\d+ -> 99", lines[1])
     assert "masking suspected" in lines[1]
     assert ": new (" in lines[2]
 
