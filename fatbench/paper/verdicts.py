@@ -243,10 +243,3 @@ def _mean(side: Seeds, measure: str) -> str:
     """`57.1 ± 0.4`: over seeds; means, so that the difference that is told is that of the two."""
     accuracies = side.accuracies(measure)
     return f"{fmean(accuracies):.1f} ± {over_seeds(accuracies)[1]:.1f}"
-
-
-def drops(divisors: Sequence[tuple[object, float]]) -> list[float]:
-    """The shares of training at which a learning rate drops by ten, from ("59/120", 10.0) and the like."""
-    from fractions import Fraction
-
-    return [float(Fraction(str(at))) for (_, before), (at, after) in pairwise(divisors) if after >= 10 * before]
