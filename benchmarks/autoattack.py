@@ -51,11 +51,12 @@ def trained(loaded: data.Data, seconds: float, width: int, eps: float) -> nn.Mod
         rows = torch.randint(len(x), (128,))
         flip = torch.rand(128)[:, None, None, None] < 0.5
         images = torch.where(flip, x[rows].flip(3), x[rows])
-        delta = torch.empty_like(images).uniform_(-eps, eps).requires_grad_()
-        grad = torch.autograd.grad(F.cross_entropy(net.train()(images + delta), y[rows]), delta)[0]
-        delta = (delta.detach() + 10 / 255 * grad.sign()).clamp(-eps, eps)
+        if eps:
+            delta = torch.empty_like(images).uniform_(-eps, eps).requires_grad_()
+            grad = torch.autograd.grad(F.cross_entropy(net.train()(images + delta), y[rows]), delta)[0]
+            images = (images + (delta.detach() + 10 / 255 * grad.sign()).clamp(-eps, eps)).clamp(0, 1)
         sgd.zero_grad()
-        F.cross_entropy(net((images + delta).clamp(0, 1)), y[rows]).backward()
+        F.cross_entropy(net.train()(images), y[rows]).backward()
         sgd.step()
     return net.eval()
 

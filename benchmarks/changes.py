@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import over, row, turns
 from benchmarks.worlds import BATCHES, pictures, trained
-from fatbench import folding
+from fatbench import folding, pixels
 from fatbench.attacks import cross_entropy
 
 
@@ -22,13 +24,21 @@ def gradient(network: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
     torch.autograd.backward(cross_entropy(network(x.detach().requires_grad_()), y).sum())
 
 
-def _whole(network: nn.Module, x: Tensor, y: Tensor) -> None:
-    """The folded copy on all images at once."""
-    before, folding.PIECE = folding.PIECE, len(x)
+@contextmanager
+def _with(module: ModuleType, **settings: int) -> Iterator[None]:
+    """Other values of a module's constants."""
+    before = {name: getattr(module, name) for name in settings}
+    vars(module).update(settings)
     try:
-        gradient(folding.folded(network), x, y)
+        yield
     finally:
-        folding.PIECE = before
+        vars(module).update(before)
+
+
+def _folded(network: nn.Module, x: Tensor, y: Tensor, piece: int = folding.PIECE, lanes: int = pixels.LANES) -> None:
+    """The folded copy, so many images at a time; with no lanes, the first layer's gradient as torch computes it."""
+    with _with(folding, PIECE=piece), _with(pixels, LANES=lanes):
+        gradient(folding.folded(network), x, y)
 
 
 def _cast(network: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -46,8 +56,9 @@ def steps(arch: str, rounds: int) -> Iterator[dict[str, Any]]:
         "textbook": partial(gradient, net, x, y),
         "input gradients only": partial(gradient, frozen, x, y),
         "channels last": partial(gradient, last, x.contiguous(memory_format=torch.channels_last), y),
-        "BatchNorm folded": partial(_whole, frozen, x, y),
-        "32 images at a time": lambda: gradient(folding.folded(frozen), x, y),
+        "BatchNorm folded, ReLU in place": partial(_folded, frozen, x, y, len(x), 0),
+        "32 images at a time": partial(_folded, frozen, x, y, lanes=0),
+        "the first layer's gradient by blocks": partial(_folded, frozen, x, y),
         "bfloat16": partial(_cast, frozen, x, y),
     }
     for way in ways.values():

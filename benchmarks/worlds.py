@@ -13,7 +13,7 @@ EPS, STEP, STEPS = 8 / 255, 2 / 255, 10
 # SmallCNN and ResNet-18 at the batch sizes that they are timed with.
 BATCHES = {"small-cnn": 128, "resnet-18": 64}
 # And how many images are examined under 151 steps by each of three libraries.
-EXAMINED = {"small-cnn": 32, "resnet-18": 16}
+EXAMINED = {"small-cnn": 128, "resnet-18": 32}
 
 
 def pictures(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -8,15 +8,20 @@ fatbench/models.py alone: anybody else's code may do what tracing cannot see, an
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import chain
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fatbench import models
+from fatbench.pixels import seeing
 
 _KNOWN = (models.DigitsCNN, models.SmallCNN, models.TradesMnistCNN, models.ResNet18, models.WideResNet)
 
@@ -59,8 +64,25 @@ PIECE = 32  # images: on a CPU what a layer leaves of so many is still in the ca
 
 
 def in_pieces(x: Tensor) -> tuple[Tensor, ...]:
-    """Images (N, C, H, W) as a CPU had best take them: some at a time."""
-    return torch.split(x, PIECE) if x.device.type == "cpu" else (x,)
+    """Images (N, C, H, W) as a CPU had best take them: some at a time, evenly."""
+    return torch.chunk(x, max(1, math.ceil(len(x) / PIECE))) if x.device.type == "cpu" else (x,)
+
+
+def in_place(graph: fx.GraphModule) -> fx.GraphModule:
+    """The graph itself; a ReLU writes over what it is given where nobody else reads that and no gradient needs it."""
+    layers = dict(graph.named_modules())
+
+    def is_a(node: fx.Node, kinds: tuple[type[nn.Module], ...], *functions: Callable[..., Any]) -> bool:
+        return isinstance(layers[node.target], kinds) if node.op == "call_module" else node.target in functions
+
+    for node in graph.graph.nodes:
+        if not is_a(node, (nn.ReLU,), F.relu, torch.relu):
+            continue
+        given = node.all_input_nodes[0]
+        if len(given.users) == 1 and is_a(given, (nn.Conv2d, nn.Linear, nn.BatchNorm2d), operator.add, torch.add):
+            node.op, node.target, node.args, node.kwargs = "call_function", F.relu, (given,), {"inplace": True}
+    graph.recompile()
+    return graph
 
 
 def _plain(net: nn.Module) -> bool:
@@ -80,7 +102,7 @@ class _Folded:
         self.cast = cast
         self.seen: tuple[tuple[int, int], ...] = ()
         self.graph.to(device=device, dtype=cast)
-        self.graph.to(memory_format=layout(device, cast))
+        seeing(in_place(self.graph)).to(memory_format=layout(device, cast))
 
     def __call__(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -278,8 +279,7 @@ def patches(craft: nn.Module, x: Tensor) -> Patches | None:
     changed = few.clone()
     changed[:, :, 1:3, -3:] = 1 - changed[:, :, 1:3, -3:]
     expected = craft(changed)
-    _nothing_in_place(craft.network)
-    made = Patches(craft.network)
+    made = Patches(_nothing_in_place(deepcopy(craft.network)))
     everyone = torch.ones(len(few), dtype=torch.bool, device=x.device)
     made.ask(few)
     made.keep(everyone, everyone)
@@ -287,8 +287,8 @@ def patches(craft: nn.Module, x: Tensor) -> Patches | None:
     return made if fits and alike(made.ask(changed), expected, agreement(craft)) else None
 
 
-def _nothing_in_place(network: fx.GraphModule) -> None:
-    """What is kept must not be written over by a later layer."""
+def _nothing_in_place(network: fx.GraphModule) -> fx.GraphModule:
+    """The network itself: what is kept must not be written over by a later layer."""
     for layer in network.modules():
         if getattr(layer, "inplace", False):
             layer.inplace = False  # type: ignore[assignment]
@@ -297,3 +297,4 @@ def _nothing_in_place(network: fx.GraphModule) -> None:
             node.target = operator.add
         node.kwargs = {**node.kwargs, "inplace": False} if node.kwargs.get("inplace") else node.kwargs
     network.recompile()
+    return network

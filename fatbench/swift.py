@@ -9,14 +9,14 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import product
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
-from torch.nn.grad import conv2d_input
 
-from fatbench.folding import in_pieces
+from fatbench.folding import in_pieces, in_place
+from fatbench.pixels import plain, seeing, seen
 
 Precision = Literal["float32", "bf16"]
 # The most by which a copy's logits, each example's mean taken off, may differ, as a share of the largest: what another
@@ -69,44 +69,29 @@ class Cast(nn.Module):
         self.layer, self.takes, self.gives = layer, takes, gives
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.layer, nn.Conv2d) and (self.takes, self.gives) == (torch.float32, torch.bfloat16):
-            pixels: Tensor = _Pixels.apply(x, self.layer)
-            return pixels
+        if plain(self.layer) and (self.takes, self.gives) == (torch.float32, torch.bfloat16):
+            return seen(
+                x, self.layer, self.gives
+            )  # float32 as it sees pixels, bfloat16 as it hands their gradient back
         answer: Tensor = self.layer(x.to(self.takes))
         return answer.to(self.gives)
-
-
-class _Pixels(torch.autograd.Function):
-    """A first convolution: in float32 as it sees pixels, in bfloat16 as it hands their gradient back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Conv2d) -> Tensor:
-        ctx.layer, ctx.size = layer, x.shape
-        answer: Tensor = layer(x).to(torch.bfloat16)
-        return answer
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        layer, weight = ctx.layer, ctx.layer.weight.to(torch.bfloat16)
-        sliding = layer.stride, layer.padding, layer.dilation, layer.groups
-        back: Tensor = conv2d_input(ctx.size, weight, grad, *sliding)  # type: ignore[no-untyped-call]
-        return back.float(), None
 
 
 def _folded(model: nn.Module) -> nn.Module:
     """A copy with the BatchNorm behind each convolution in its weights, as torch.fx sees the network."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        folded: nn.Module = fuse(model, inplace=False)
-    return folded
+        folded = fuse(model, inplace=False)
+    assert isinstance(folded, fx.GraphModule)  # as fuse makes it
+    return in_place(folded)
 
 
 def _plain(network: nn.Module) -> nn.Module:
-    return network
+    return seeing(network)
 
 
 def _bf16(network: nn.Module) -> nn.Module:
-    return Cast(network.to(torch.bfloat16), torch.bfloat16, torch.float32)
+    return Cast(seeing(network).to(torch.bfloat16), torch.bfloat16, torch.float32)
 
 
 def _bf16_within(network: nn.Module) -> nn.Module:

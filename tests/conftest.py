@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +73,25 @@ def golden_world(golden: Callable[[str], Any]) -> tuple[nn.Module, torch.Tensor,
 @pytest.fixture
 def world() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """(network, x, y): a small float64 network partly trained on 24 made-up 8x8 images of three classes, eval mode."""
+    net, x, y = deepcopy(_trained())
+    return net.double().eval(), x.double(), y
+
+
+@pytest.fixture
+def lab(
+    world: tuple[nn.Module, torch.Tensor, torch.Tensor],
+) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """The same world with three labels changed, so that some examples are wrong before any step."""
+    net, x, y = world
+    y[[2, 11, 18]] = (y[[2, 11, 18]] + 1) % 3
+    return net, x, y
+
+
+@cache
+def _trained() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     from fatbench.contract import _world
 
-    net, x, y = _world()
-    return net.double().eval(), x.double(), y
+    return _world()
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,6 @@ from fatbench.attacks import (
     pgd,
     uniform,
 )
-from fatbench.contract import _world
 from fatbench.draws import Draws
 from fatbench.models import DigitsCNN
 
@@ -42,19 +41,6 @@ every_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=
 few = settings(
     max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@pytest.fixture(scope="module")
-def trained() -> Lab:
-    return _world()
-
-
-@pytest.fixture
-def lab(trained: Lab) -> Lab:
-    """The contract's small world in float64, three labels changed, so that some examples are wrong before any step."""
-    net, x, y = deepcopy(trained)
-    y[[2, 11, 18]] = (y[[2, 11, 18]] + 1) % 3
-    return net.double().eval(), x.double(), y
 
 
 def wavy(x: Tensor, eps: float) -> Tensor:

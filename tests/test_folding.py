@@ -67,7 +67,7 @@ def test_images_that_pass_a_few_at_a_time_are_answered_as_all_at_once(
     point = x.clone().requires_grad_()
     found = torch.autograd.grad(copy(point).logsumexp(dim=1).sum(), point)[0]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    assert passes == [3, 1]
+    assert passes == [2, 2]
 
 
 def test_no_batchnorm_is_left_behind_a_convolution() -> None:

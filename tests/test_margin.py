@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fatbench.attacks import Crafted, Friendly, Margin, cross_entropy, kl, natural, pgd
-from fatbench.contract import _world
 from fatbench.defense import build
 from fatbench.draws import Draws
 from fatbench.errors import Refused
@@ -22,19 +21,6 @@ EPS, ALPHA, K = 0.1, 0.02, 10
 PROGRESS = Progress(3, 12)
 both_gaps = pytest.mark.parametrize("gap", ["probability", "loss"])
 both_objectives = pytest.mark.parametrize("objective", [cross_entropy, kl], ids=["ce", "kl"])
-
-
-@pytest.fixture(scope="module")
-def trained() -> Lab:
-    return _world()
-
-
-@pytest.fixture
-def lab(trained: Lab) -> Lab:
-    """The contract's small world in float64, three labels changed, so that some examples are wrong before any step."""
-    net, x, y = deepcopy(trained)
-    y[[2, 11, 18]] = (y[[2, 11, 18]] + 1) % 3
-    return net.double().eval(), x.double(), y
 
 
 def attack(net: nn.Module, x: Tensor, y: Tensor, **changed: Any) -> Crafted:
