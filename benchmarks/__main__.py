@@ -65,8 +65,9 @@ def main() -> None:
     for found in measured(set(asked.only.split(",")), asked.models.split(","), asked.rounds):
         rows.append(found)
         print(told(found), flush=True)
-    (asked.out / "results.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    (asked.out / "results.md").write_text("\n".join([machine, "", HEAD, *map(told, rows)]) + "\n")
+        # After every row: a run of an hour that is cut short has its rows all the same.
+        (asked.out / "results.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        (asked.out / "results.md").write_text("\n".join([machine, "", HEAD, *map(told, rows)]) + "\n")
 
 
 if __name__ == "__main__":

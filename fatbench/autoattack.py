@@ -173,8 +173,9 @@ class _Nearest(_Run):
         self.eps, self.first = eps, 1 + targeted
 
     def counts(self, x: Tensor, rows: Tensor) -> Tensor:
-        near = (x - self.x[rows]).abs().flatten(1).amax(dim=1) <= self.eps
-        return near & (not torch.is_grad_enabled())
+        if torch.is_grad_enabled():
+            return torch.zeros_like(rows, dtype=torch.bool)
+        return (x - self.x[rows]).abs().flatten(1).amax(dim=1) <= self.eps
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.first:

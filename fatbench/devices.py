@@ -6,6 +6,7 @@ themselves, and say so in the environment. What one rank refuses, all refuse, an
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -109,6 +110,8 @@ def launched(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
     if fabric.world_size == 1 and not isinstance(fabric.strategy, DDPStrategy):
         return work(fabric, *arguments)
     port = os.environ.get("MASTER_PORT")
+    # Lightning does it for NCCL alone; gloo's threads, too, must have ended before the process does.
+    atexit.register(_leave)
     try:
         outcome = fabric.launch(partial(_outcome, work=work, arguments=arguments))
     except ProcessExitedException as error:
@@ -126,6 +129,11 @@ def launched(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome  # type: ignore[no-any-return]
+
+
+def _leave() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _outcome(fabric: Fabric, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

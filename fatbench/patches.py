@@ -8,8 +8,10 @@ computed whole. The numbers are the network's own, to rounding.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +67,29 @@ class Part(NamedTuple):
 Value = Tensor | Part
 
 
+@dataclass(frozen=True)
+class _Step:
+    """One layer of a traced network, and what can be told of it before any image is seen.
+
+    Attributes:
+        node: Its place in the graph.
+        given: The layers whose answers it takes.
+        whole: Its answer from all that it takes.
+        part: Its answer from a part of the one map that it takes, padded already; None where it has none.
+        slide: How its kernel slides; None where it has none.
+        adds: Whether it adds two maps.
+        done: Those whose answers nobody needs after it.
+    """
+
+    node: fx.Node
+    given: tuple[fx.Node, ...]
+    whole: Callable[[dict[fx.Node, Any]], Any]
+    part: Callable[[Tensor], Tensor] | None
+    slide: _Slide | None
+    adds: bool
+    done: tuple[fx.Node, ...]
+
+
 class Patches:
     """Answers to one batch of images that is asked again and again with small changes.
 
@@ -73,15 +98,29 @@ class Patches:
     """
 
     def __init__(self, network: fx.GraphModule) -> None:
-        self.layers, self.run = dict(network.named_modules()), fx.Interpreter(network)
-        self.nodes = list(network.graph.nodes)
-        self.last = {given: node for node in self.nodes for given in node.all_input_nodes}  # the last to use it
-        maps = [node for node in self.nodes if node.op == "placeholder" or self._each(node) or self._joins(node)]
-        self.kept = [node for node in maps if not all(map(self._each, node.users))]
+        self.network = network
+        self.images, *nodes, answer = network.graph.nodes
+        self.logits = answer.all_input_nodes[0]
+        layers = {node: _layer(node, network) for node in nodes}
+        each = {node for node in nodes if _each(node, layers[node])}
+        maps = [n for n in nodes if n in each or _adds(n) or _slides(_uncast(layers[n]))]
+        self.kept = {node for node in (self.images, *maps) if not each.issuperset(node.users)}
+        self.steps = [self._step(node, layers[node], node in each) for node in nodes]
         self.known: dict[fx.Node, Tensor] = {}
         self.asked: dict[fx.Node, Value] = {}
         self.x = self.now = torch.empty(0)
         self.window: Window | None = None
+
+    def _step(self, node: fx.Node, layer: nn.Module | None, each: bool) -> _Step:
+        given, slide = tuple(node.all_input_nodes), _slides(_uncast(layer))
+        done = tuple(n for n in given if n not in self.kept and n is not self.logits and list(n.users)[-1] is node)
+        whole = partial(_run, fx.Interpreter(self.network), node)
+        part: Callable[[Tensor], Tensor] | None = None
+        if each:
+            part = lambda inner: whole({given[0]: inner})  # noqa: E731
+        elif layer is not None and slide is not None:
+            part = partial(_applied, layer)
+        return _Step(node, given, whole, part, slide, _adds(node), done)
 
     @property
     def bytes(self) -> int:
@@ -94,20 +133,15 @@ class Patches:
         if x.shape != self.x.shape:
             self.known = {}
         self.window = self._changed(x) if self.known else None
-        values: dict[fx.Node, Value] = {}
-        for node in self.nodes:
-            if node.op == "placeholder":
-                values[node] = _last(x) if self.window is None else Part(self.window, _last(self.window.of(x)))
-            elif node.op == "output":
-                break
-            else:
-                part = self._part(node, values)
-                values[node] = self._computed(node, values) if part is None else part
-            for given in node.all_input_nodes:
-                if self.last[given] is node and given not in self.kept:
-                    del values[given]
+        first = _last(x) if self.window is None else Part(self.window, _last(self.window.of(x)))
+        values: dict[fx.Node, Value] = {self.images: first}
+        for step in self.steps:
+            part = self._part(step, values)
+            values[step.node] = self._whole(step, values) if part is None else part
+            for node in step.done:
+                del values[node]
         self.asked = {node: value for node in self.kept if isinstance(value := values[node], Part) or value.ndim == 4}
-        logits = values[self.nodes[-1].all_input_nodes[0]]
+        logits = values[self.logits]
         assert isinstance(logits, Tensor)
         return logits.float()
 
@@ -129,69 +163,39 @@ class Patches:
     def _changed(self, x: Tensor) -> Window | None:
         """The window that holds every change of every image; None where it is too large to help."""
         changed = (x != self.x).flatten(0, 1).any(dim=0)
-        rows, columns = changed.any(dim=1).nonzero(), changed.any(dim=0).nonzero()
-        if not len(rows):
+        rows, columns = (changed.any(dim=axis).nonzero().squeeze(1).tolist() for axis in (1, 0))
+        if not rows:
             return Window(0, 1, 0, 1)
-        window = Window(int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)
+        window = Window(rows[0], rows[-1] + 1, columns[0], columns[-1] + 1)
         return window if window.small(*x.shape[2:]) else None
 
-    # -------------------------------------------------------------------------------------------- layer by layer
-
-    def _each(self, node: fx.Node) -> bool:
-        """Whether a layer treats each value by itself."""
-        if len(node.all_input_nodes) != 1:
-            return False
-        if node.op == "call_module":
-            return isinstance(self.layers[str(node.target)], _EACH)
-        return node.target in _EACH_FUNCTION or (node.op == "call_method" and node.target == "relu")
-
-    def _joins(self, node: fx.Node) -> bool:
-        """Whether it is a sum of two maps, or slides a kernel over one."""
-        if node.op == "call_function" and node.target in _SUM:
-            return len(node.all_input_nodes) == 2 and not node.kwargs
-        return (layer := self._layer(node)) is not None and _slides(_uncast(layer)) is not None
-
-    def _layer(self, node: fx.Node) -> nn.Module | None:
-        """The layer that a node is; None of one that is none."""
-        if node.op == "call_module":
-            layer: nn.Module = self.layers[str(node.target)]
-            return layer
-        pool = _POOLS.get(node.target) if node.op == "call_function" else None
-        return pool(*node.args[1:], **node.kwargs) if pool else None
-
-    def _part(self, node: fx.Node, values: dict[fx.Node, Value]) -> Part | None:
+    def _part(self, step: _Step, values: dict[fx.Node, Value]) -> Part | None:
         """A layer's answer inside the window that its input changes; None where all of it must be computed."""
-        given = [values[source] for source in node.all_input_nodes]
-        parts = [value for value in given if isinstance(value, Part)]
-        if not parts or len(parts) < len(given):
+        given = [values[source] for source in step.given]
+        if step.adds and isinstance(given[0], Part) and isinstance(given[1], Part):
+            return self._added(step.given, given[0], given[1])
+        if step.part is None or not isinstance(given[0], Part):
             return None
-        if self._each(node):
-            args = fx.node.map_arg(node.args, lambda source: parts[0].inner)
-            return Part(parts[0].window, getattr(self.run, node.op)(node.target, args, node.kwargs))
-        if not self._joins(node):
-            return None
-        if (layer := self._layer(node)) is not None:
-            return self._slid(layer, node.all_input_nodes[0], parts[0])
-        window = parts[0].window.union(parts[1].window)
-        if not window.small(*self.known[node.all_input_nodes[0]].shape[2:]):
-            return None
-        one, other = (self._around(*pair, window) for pair in zip(node.all_input_nodes, parts, strict=True))
-        return Part(window, one + other)
+        if step.slide is None:
+            return Part(given[0].window, step.part(given[0].inner))
+        return self._slid(step.slide, step.part, step.given[0], given[0])
 
-    def _slid(self, layer: nn.Module, source: fx.Node, part: Part) -> Part | None:
-        """A convolution's or a pool's answer where its kernel meets the part."""
-        slide = _slides(_uncast(layer))
-        assert slide is not None
-        sizes = self.known[source].shape[2:]
-        spans = [slide.meets(part.window[2 * i], part.window[2 * i + 1], sizes[i], i) for i in (0, 1)]
-        out = Window(*spans[0], *spans[1])
-        if not out.small(*(slide.size(sizes[i], i) for i in (0, 1))):
+    def _added(self, sources: Sequence[fx.Node], one: Part, other: Part) -> Part | None:
+        """The sum of two maps where either changes."""
+        window = one.window.union(other.window)
+        if not window.small(*self.known[sources[0]].shape[2:]):
             return None
-        (top, bottom), (left, right) = (slide.sees(*spans[i], i) for i in (0, 1))
-        inside = Window(max(top, 0), min(bottom, sizes[0]), max(left, 0), min(right, sizes[1]))
+        return Part(window, self._around(sources[0], one, window) + self._around(sources[1], other, window))
+
+    def _slid(self, slide: _Slide, layer: Callable[[Tensor], Tensor], source: fx.Node, part: Part) -> Part | None:
+        """A convolution's or a pool's answer where its kernel meets the part."""
+        height, width = self.known[source].shape[2:]
+        meets = slide.around(part.window, height, width)
+        if meets is None:
+            return None
+        out, inside, beyond = meets
         seen = self._around(source, part, inside)
-        beyond = (inside.left - left, right - inside.right, inside.top - top, bottom - inside.bottom)
-        return Part(out, _applied(layer, F.pad(seen, beyond) if any(beyond) else seen))
+        return Part(out, layer(F.pad(seen, beyond) if any(beyond) else seen))
 
     def _around(self, source: fx.Node, part: Part, window: Window) -> Tensor:
         """A map's values in a window, the part's where it lies in it."""
@@ -202,13 +206,39 @@ class Patches:
         common.within(window).of(values).copy_(common.within(part.window).of(part.inner))
         return values
 
-    def _computed(self, node: fx.Node, values: dict[fx.Node, Value]) -> Any:
-        def whole(source: fx.Node) -> Any:
+    def _whole(self, step: _Step, values: dict[fx.Node, Value]) -> Any:
+        """A layer's answer from all that it takes, with what is known around a part."""
+        given: dict[fx.Node, Any] = {}
+        for source in step.given:
             value = values[source]
-            return self._around(source, value, _all(self.known[source])) if isinstance(value, Part) else value
+            given[source] = self._around(source, value, _all(self.known[source])) if isinstance(value, Part) else value
+        return step.whole(given)
 
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), whole)
-        return getattr(self.run, node.op)(node.target, args, kwargs)
+
+def _run(interpreter: fx.Interpreter, node: fx.Node, given: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
+    return getattr(interpreter, node.op)(node.target, args, kwargs)
+
+
+def _each(node: fx.Node, layer: nn.Module | None) -> bool:
+    """Whether a layer treats each value by itself."""
+    if len(node.all_input_nodes) != 1:
+        return False
+    if node.op == "call_module":
+        return isinstance(layer, _EACH)
+    return node.target in _EACH_FUNCTION or (node.op == "call_method" and node.target == "relu")
+
+
+def _adds(node: fx.Node) -> bool:
+    return node.target in _SUM and len(node.all_input_nodes) == 2 and not node.kwargs
+
+
+def _layer(node: fx.Node, network: fx.GraphModule) -> nn.Module | None:
+    """The layer that a node is; None of one that is none."""
+    if node.op == "call_module":
+        return network.get_submodule(str(node.target))
+    pool = _POOLS.get(node.target) if node.op == "call_function" else None
+    return pool(*node.args[1:], **node.kwargs) if pool else None
 
 
 class _Slide(NamedTuple):
@@ -232,8 +262,20 @@ class _Slide(NamedTuple):
         low = first * self.stride[axis] - self.padding[axis]
         return low, (end - 1) * self.stride[axis] - self.padding[axis] + self.kernel[axis]
 
+    @lru_cache(2**14)  # noqa: B019  a kernel is a few numbers, and windows come back
+    def around(self, window: Window, height: int, width: int) -> tuple[Window, Window, tuple[int, ...]] | None:
+        """Where the kernel meets a window, what it sees of the map for that, and beyond it; None of most of the map."""
+        rows = self.meets(window.top, window.bottom, height, 0)
+        columns = self.meets(window.left, window.right, width, 1)
+        out = Window(*rows, *columns)
+        if not out.small(self.size(height, 0), self.size(width, 1)):
+            return None
+        (top, bottom), (left, right) = self.sees(*rows, 0), self.sees(*columns, 1)
+        inside = Window(max(top, 0), min(bottom, height), max(left, 0), min(right, width))
+        return out, inside, (inside.left - left, right - inside.right, inside.top - top, bottom - inside.bottom)
 
-def _slides(layer: nn.Module) -> _Slide | None:
+
+def _slides(layer: nn.Module | None) -> _Slide | None:
     if isinstance(layer, nn.Conv2d):
         plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and set(layer.dilation) == {1}
         return _Slide(layer.kernel_size, layer.stride, layer.padding) if plain else None  # type: ignore[arg-type]
@@ -248,7 +290,7 @@ def _two(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
-def _uncast(layer: nn.Module) -> nn.Module:
+def _uncast(layer: nn.Module | None) -> nn.Module | None:
     return layer.layer if isinstance(layer, Cast) else layer
 
 

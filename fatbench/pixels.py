@@ -46,7 +46,7 @@ def seen(x: Tensor, layer: nn.Conv2d, gives: torch.dtype) -> Tensor:
 class _Seen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Conv2d, gives: torch.dtype) -> Tensor:
-        ctx.layer, ctx.size, ctx.dtype = layer, x.shape, x.dtype
+        ctx.layer, ctx.size = layer, x.shape
         answer: Tensor = layer._conv_forward(x, layer.weight, layer.bias).to(gives)
         return answer
 
@@ -58,7 +58,7 @@ class _Seen(torch.autograd.Function):
         else:
             sliding = layer.stride, layer.padding, layer.dilation, layer.groups
             back = conv2d_input(ctx.size, weight, grad, *sliding)  # type: ignore[no-untyped-call]
-        return back.to(ctx.dtype), None, None
+        return back, None, None  # autograd turns it into x's type
 
 
 def _by_blocks(grad: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
