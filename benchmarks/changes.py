@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import over, row, turns
-from benchmarks.worlds import BATCHES, pictures, trained
+from benchmarks.worlds import BATCHES, begun, pictures
 from fatbench import folding, pixels
 from fatbench.attacks import cross_entropy
 
@@ -49,7 +49,7 @@ def _cast(network: nn.Module, x: Tensor, y: Tensor) -> None:
 
 def steps(arch: str, rounds: int) -> Iterator[dict[str, Any]]:
     """Each change over what came before it, and the whole over the textbook's."""
-    net, (x, y) = trained(arch, 1, 0), pictures(BATCHES[arch], 999)
+    net, (x, y) = begun(arch), pictures(BATCHES[arch], 999)
     frozen = deepcopy(net).requires_grad_(False)
     last = deepcopy(frozen).to(memory_format=torch.channels_last)
     ways: dict[str, Callable[[], None]] = {

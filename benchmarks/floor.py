@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import row, timed
-from benchmarks.worlds import BATCHES, EPS, STEP, pictures, trained
+from benchmarks.worlds import BATCHES, EPS, STEP, begun, pictures, trained
 from fatbench.attacks import pgd
 
 # Multiply-adds of one forward of one 32x32 image; the backward to the input takes as many again.
@@ -43,7 +43,7 @@ def distances(arch: str, rounds: int, steps: int = 4) -> Iterator[dict[str, Any]
 
 def memory(arch: str) -> dict[str, Any]:
     """Bytes that autograd keeps for the backward of one crafting step, the textbook's over ours."""
-    net, (x, y) = trained(arch, 1, 0), pictures(BATCHES[arch], 999)
+    net, (x, y) = begun(arch), pictures(BATCHES[arch], 999)
     ours = _kept(lambda: pgd(net, x, y, eps=EPS, step_size=STEP, steps=1))
 
     def theirs() -> None:

@@ -24,8 +24,8 @@ def turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, li
 
 
 def over(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
-    """The ratio of each round, sorted."""
-    return sorted(a / b for a, b in zip(theirs, ours, strict=True))
+    """The ratio of each round that both have, sorted."""
+    return sorted(a / b for a, b in zip(theirs, ours, strict=False))
 
 
 def spread(values: list[float]) -> dict[str, float]:
