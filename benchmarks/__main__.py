@@ -1,9 +1,9 @@
 """Every benchmark in one command: a table of ratios, theirs / ours, so more is better.
 
-    python -m benchmarks [--rounds 5] [--only train,evaluate,floor,change,startup] [--models small-cnn,resnet-18]
+    python -m benchmarks [--rounds 5] [--only train,evaluate,floor,change,startup,autoattack] [--models small-cnn]
 
 Written to benchmarks/results.json and benchmarks/results.md. The machine should have nothing else to do. AutoAttack
-beside the stock library is a command of its own: python -m benchmarks.autoattack.
+beside the stock library is shown on a few made-up pictures; python -m benchmarks.autoattack takes real ones.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import changes, evaluation, floor, training
+from benchmarks import autoattack, changes, evaluation, floor, training
 from benchmarks.timing import HEAD, over, row, told, turns
-from benchmarks.worlds import BATCHES
+from benchmarks.worlds import BATCHES, STEPS
 
 
 def startup(rounds: int) -> Iterator[dict[str, Any]]:
@@ -35,7 +35,7 @@ def startup(rounds: int) -> Iterator[dict[str, Any]]:
     yield row("startup", "import torch", "", over(times["torch"], times["help"]), note=note)
 
 
-def measured(kinds: set[str], models: list[str], rounds: int) -> Iterator[dict[str, Any]]:
+def measured(kinds: set[str], models: list[str], rounds: int, taus: list[int]) -> Iterator[dict[str, Any]]:
     if "startup" in kinds:
         yield from startup(rounds)
     for arch in models:
@@ -47,22 +47,26 @@ def measured(kinds: set[str], models: list[str], rounds: int) -> Iterator[dict[s
         if "evaluate" in kinds:
             yield from evaluation.suites(arch, rounds)
         if "train" in kinds:
-            yield from training.steps(arch, rounds)
+            yield from training.steps(arch, rounds, taus)
             yield from training.epochs(arch, rounds)
             yield from training.friendly(arch, rounds)
+    if "autoattack" in kinds:
+        yield from autoattack.rows()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="startup,change,floor,evaluate,train")
+    parser.add_argument("--only", default="startup,change,floor,evaluate,train,autoattack")
     parser.add_argument("--models", default=",".join(BATCHES))
+    parser.add_argument("--taus", default=f"0,1,{STEPS}", help="of one training step")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     asked = parser.parse_args()
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, CPU"
     print(machine, HEAD, sep="\n\n", flush=True)
     rows: list[dict[str, Any]] = []
-    for found in measured(set(asked.only.split(",")), asked.models.split(","), asked.rounds):
+    taus = [int(tau) for tau in asked.taus.split(",")]
+    for found in measured(set(asked.only.split(",")), asked.models.split(","), asked.rounds, taus):
         rows.append(found)
         print(told(found), flush=True)
         # After every row: a run of an hour that is cut short has its rows all the same.

@@ -11,21 +11,23 @@ trusted.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.timing import row
+from benchmarks.worlds import EPS, pictures
 from fatbench import data
 from fatbench.evaluation import Chunk, verified
 from fatbench.registry import evaluations
 from fatbench.swift import swift
-
-EPS = 8 / 255
 
 
 def network(width: int) -> nn.Sequential:
@@ -39,12 +41,12 @@ def network(width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16 * width, 10))
 
 
-def trained(loaded: data.Data, seconds: float, width: int, eps: float) -> nn.Module:
-    """FGSM from a random start with a step of 10/255, for so long; natural training where eps is 0."""
+def trained(x: Tensor, y: Tensor, seconds: float, width: int, eps: float) -> nn.Module:
+    """A network under FGSM from a random start with a step of 10/255, for so long; natural training where eps is 0."""
     torch.manual_seed(0)
     net = network(width)
     sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    began, x, y = time.process_time(), loaded.x_train, loaded.y_train
+    began = time.process_time()
     while (spent := time.process_time() - began) < seconds:
         for group in sgd.param_groups:
             group["lr"] = 0.2 * min(spent / seconds * 4, 1.02 - spent / seconds)
@@ -80,6 +82,38 @@ def ours(net: nn.Module, chunk: Chunk, craft: nn.Module | None) -> Tensor:
     return broken
 
 
+def compared(net: nn.Module, x: Tensor, y: Tensor, size: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Whom each way breaks, (N,), and its CPU seconds; chunk by chunk of so many images, all ways on each."""
+    probe = x[:32].contiguous()
+    ways: dict[str, Callable[[Chunk], Tensor]] = {
+        "stock": lambda chunk: stock(net, chunk),
+        "float32": lambda chunk: ours(net, chunk, swift(net, probe)),
+        "bf16": lambda chunk: ours(net, chunk, swift(net, probe, "bf16")),
+    }
+    flags: dict[str, list[Tensor]] = {name: [] for name in ways}
+    cpu = dict.fromkeys(ways, 0.0)
+    for first in range(0, len(x), size):
+        index = np.arange(first, min(first + size, len(x)))
+        chunk = Chunk(x[index].contiguous(), y[index], index, 10, 0)
+        for name, way in ways.items():
+            began = time.process_time()
+            flags[name].append(way(chunk))
+            cpu[name] += time.process_time() - began
+            print(f"chunk {first // size + 1}, {name}: {cpu[name]:.1f} CPU s so far", file=sys.stderr, flush=True)
+    return {name: torch.cat(parts) for name, parts in flags.items()}, cpu
+
+
+def rows(n: int = 48, seconds: float = 20) -> Iterator[dict[str, Any]]:
+    """On made-up pictures, for the table of all benchmarks: a few images, one round."""
+    net = trained(*pictures(4000), seconds, 32, EPS)
+    broken, cpu = compared(net, *pictures(n, 999), n)
+    for precision in ("float32", "bf16"):
+        differ = int((broken[precision] != broken["stock"]).sum())
+        note = f"{n} images, {int((~broken['stock']).sum())} robust, {differ} flags differ, CPU time"
+        ratio = [cpu["stock"] / cpu[precision]]
+        yield row("autoattack", "pyautoattack", "six convolutions", ratio, precision=precision, note=note)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", help="CIFAR-10 as path.npz")
@@ -90,24 +124,9 @@ def main() -> None:
     parser.add_argument("--undefended", action="store_true", help="train without an attack")
     given = parser.parse_args()
     loaded = data.load(given.data)
-    net = trained(loaded, given.seconds, given.width, 0.0 if given.undefended else EPS)
-    probe = loaded.x_test[:32].contiguous()
-    ways: dict[str, Callable[[Chunk], Tensor]] = {
-        "stock": lambda chunk: stock(net, chunk),
-        "float32": lambda chunk: ours(net, chunk, swift(net, probe)),
-        "bf16": lambda chunk: ours(net, chunk, swift(net, probe, "bf16")),
-    }
-    flags: dict[str, list[Tensor]] = {name: [] for name in ways}
-    cpu = dict.fromkeys(ways, 0.0)
-    for first in range(0, given.n, given.chunk):
-        rows = np.arange(first, min(first + given.chunk, given.n))
-        chunk = Chunk(loaded.x_test[rows].contiguous(), loaded.y_test[rows], rows, 10, 0)
-        for name, way in ways.items():
-            began = time.process_time()
-            flags[name].append(way(chunk))
-            cpu[name] += time.process_time() - began
-            print(f"chunk {first // given.chunk + 1}, {name}: {cpu[name]:.1f} CPU s so far", flush=True)
-    report({name: torch.cat(parts) for name, parts in flags.items()}, cpu)
+    eps = 0.0 if given.undefended else EPS
+    net = trained(loaded.x_train, loaded.y_train, given.seconds, given.width, eps)
+    report(*compared(net, loaded.x_test[: given.n], loaded.y_test[: given.n], given.chunk))
 
 
 def report(broken: dict[str, Tensor], cpu: dict[str, float]) -> None:
@@ -118,7 +137,7 @@ def report(broken: dict[str, Tensor], cpu: dict[str, float]) -> None:
         differ = int((fell != broken["stock"]).sum())
         standing = int((~fell).sum())
         share = cpu[name] / cpu["stock"]
-        print(f"| {name} | {standing / len(fell):.1%} | {standing} | {differ} | {cpu[name]:.1f} | {share:.2f} |")
+        print(f"| {name} | {standing / len(fell):.1%} | {standing} | {differ} | {cpu[name]:.1f} | {share:.3f} |")
 
 
 if __name__ == "__main__":

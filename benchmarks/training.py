@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -101,11 +101,11 @@ def _world(arch: str, batches: int) -> World:
     return [(x, y, uniform(x, EPS)) for x, y in drawn]
 
 
-def steps(arch: str, rounds: int) -> Iterator[dict[str, Any]]:
-    """One step of FAT, TRADES and MART at tau 0, 1 and K."""
+def steps(arch: str, rounds: int, taus: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """One step of FAT, TRADES and MART."""
     net, world = trained(arch), _world(arch, 1)
     for name in FAMILY:
-        for tau in (0, 1, STEPS):
+        for tau in taus:
             yield from _compared(arch, name, net, tau, world, rounds, "step")
 
 

@@ -8,7 +8,6 @@ fatbench/models.py alone: anybody else's code may do what tracing cannot see, an
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -64,8 +63,8 @@ PIECE = 32  # images: on a CPU what a layer leaves of so many is still in the ca
 
 
 def in_pieces(x: Tensor) -> tuple[Tensor, ...]:
-    """Images (N, C, H, W) as a CPU had best take them: some at a time, evenly."""
-    return torch.chunk(x, max(1, math.ceil(len(x) / PIECE))) if x.device.type == "cpu" else (x,)
+    """Images (N, C, H, W) as a CPU had best take them: about so many at a time, evenly."""
+    return torch.chunk(x, max(1, round(len(x) / PIECE))) if x.device.type == "cpu" else (x,)
 
 
 def in_place(graph: fx.GraphModule) -> fx.GraphModule:

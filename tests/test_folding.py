@@ -58,7 +58,7 @@ def test_the_logits_and_input_gradients_are_the_networks_own(net: nn.Module) -> 
 def test_images_that_pass_a_few_at_a_time_are_answered_as_all_at_once(
     net: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folding, "PIECE", 3)
+    monkeypatch.setattr(folding, "PIECE", 2)
     x, passes = image(net), []
     expected = torch.autograd.grad(net(point := x.clone().requires_grad_()).logsumexp(dim=1).sum(), point)[0]
     copy = folded(net)
