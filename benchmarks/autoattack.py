@@ -1,6 +1,6 @@
 """AutoAttack standard at full budget, stock pyautoattack beside ours, chunk by chunk in one process.
 
-    python -m benchmarks.autoattack path/to/cifar10.npz --n 512 [--undefended]
+    python -m benchmarks.autoattack path/to/cifar10.npz --n 512 --chunk 256 [--undefended]
 
 A small CNN is trained for a minute (FGSM with random starts, after Wong et al., ICLR 2020), then each chunk is examined
 three times: by the library as it is, by ours in float32, by ours crafting in bfloat16. Printed: robust accuracy, flags
