@@ -105,22 +105,23 @@ class Patches:
         each = {node for node in nodes if _each(node, layers[node])}
         maps = [n for n in nodes if n in each or _adds(n) or _slides(_uncast(layers[n]))]
         self.kept = {node for node in (self.images, *maps) if not each.issuperset(node.users)}
-        self.steps = [self._step(node, layers[node], node in each) for node in nodes]
+        last = {given: node for node in nodes for given in node.all_input_nodes}  # the last to use it
+        gone = {node: [n for n in node.all_input_nodes if last[n] is node and n not in self.kept] for node in nodes}
+        self.steps = [self._step(node, layers[node], node in each, gone[node]) for node in nodes]
         self.known: dict[fx.Node, Tensor] = {}
         self.asked: dict[fx.Node, Value] = {}
         self.x = self.now = torch.empty(0)
         self.window: Window | None = None
 
-    def _step(self, node: fx.Node, layer: nn.Module | None, each: bool) -> _Step:
+    def _step(self, node: fx.Node, layer: nn.Module | None, each: bool, done: Sequence[fx.Node]) -> _Step:
         given, slide = tuple(node.all_input_nodes), _slides(_uncast(layer))
-        done = tuple(n for n in given if n not in self.kept and n is not self.logits and list(n.users)[-1] is node)
         whole = partial(_run, fx.Interpreter(self.network), node)
         part: Callable[[Tensor], Tensor] | None = None
         if each:
             part = lambda inner: whole({given[0]: inner})  # noqa: E731
         elif layer is not None and slide is not None:
             part = partial(_applied, layer)
-        return _Step(node, given, whole, part, slide, _adds(node), done)
+        return _Step(node, given, whole, part, slide, _adds(node), tuple(n for n in done if n is not self.logits))
 
     @property
     def bytes(self) -> int:
