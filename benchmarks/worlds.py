@@ -33,7 +33,7 @@ def pictures(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def trained(arch: str) -> nn.Module:
-    """The network after some natural updates and some of FAT at tau 0: an attack at tau 0 takes some 5 or 6 steps of 10."""
+    """The network after some natural updates and some of FAT at tau 0, whose attack then takes 5 or 6 steps of 10."""
     return deepcopy(_updated(arch, *UPDATES[arch]))
 
 
