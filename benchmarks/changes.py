@@ -36,7 +36,7 @@ def _with(module: ModuleType, **settings: int) -> Iterator[None]:
 
 
 def _folded(network: nn.Module, x: Tensor, y: Tensor, piece: int = folding.PIECE, lanes: int = pixels.LANES) -> None:
-    """The folded copy, so many images at a time; with no lanes, the first layer's gradient as torch computes it."""
+    """The folded copy, so many pixels at a time; with no lanes, the first layer's gradient as torch computes it."""
     with _with(folding, PIECE=piece), _with(pixels, LANES=lanes):
         gradient(folding.folded(network), x, y)
 
@@ -56,7 +56,7 @@ def steps(arch: str, rounds: int) -> Iterator[dict[str, Any]]:
         "textbook": partial(gradient, net, x, y),
         "input gradients only": partial(gradient, frozen, x, y),
         "channels last": partial(gradient, last, x.contiguous(memory_format=torch.channels_last), y),
-        "BatchNorm folded, ReLU in place": partial(_folded, frozen, x, y, len(x), 0),
+        "BatchNorm folded, ReLU in place": partial(_folded, frozen, x, y, x.numel(), 0),
         "32 images at a time": partial(_folded, frozen, x, y, lanes=0),
         "the first layer's gradient by blocks": partial(_folded, frozen, x, y),
         "bfloat16": partial(_cast, frozen, x, y),

@@ -58,8 +58,8 @@ def test_the_logits_and_input_gradients_are_the_networks_own(net: nn.Module) -> 
 def test_images_that_pass_a_few_at_a_time_are_answered_as_all_at_once(
     net: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folding, "PIECE", 2)
     x, passes = image(net), []
+    monkeypatch.setattr(folding, "PIECE", 2 * x.shape[2] * x.shape[3])
     expected = torch.autograd.grad(net(point := x.clone().requires_grad_()).logsumexp(dim=1).sum(), point)[0]
     copy = folded(net)
     assert isinstance(copy, folding._Folded)
