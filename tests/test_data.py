@@ -77,6 +77,12 @@ def test_the_digits_of_both_splits_are_those_of_scikit_learn_each_once(digits: d
     assert sorted(ours.tolist()) == sorted(theirs.tolist())
 
 
+def test_digits_are_refused_where_scikit_learn_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "find_spec", lambda name: None)
+    with pytest.raises(Refused, match="sklearn is not installed: pip install"):
+        data.load("digits")
+
+
 def test_the_test_digits_are_balanced_as_all_digits_are(digits: data.Data) -> None:
     test, every = np.array(counts(digits.y_test)), np.array(counts(torch.cat([digits.y_train, digits.y_test])))
     assert np.abs(test - 360 * every / 1797).max() < 1

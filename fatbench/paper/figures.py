@@ -9,7 +9,7 @@ from typing import Any
 from fatbench.paper import verdicts as tests
 from fatbench.paper.claims import Claim
 from fatbench.paper.contestants import DIGITS, Contestant, World
-from fatbench.paper.experiment import FRIENDS, GRADIENT, STEPS, Experiment, Whom, at, ends, shortest
+from fatbench.paper.experiment import FRIENDS, GRADIENT, STEPS, Experiment, Whom, at, ends, shorter, shortest
 from fatbench.paper.verdicts import MARGIN, PLATEAU, Test
 
 TAUS = tuple(range(11))
@@ -199,7 +199,7 @@ def _free(base: str, tau: int | None) -> Callable[[str, int], Contestant]:
 _FREE = [_free("madry", tau) for tau in (None, 0, 1, 3)]
 
 FIGURES = {
-    "fig6": _swept_figure("Figure 6", "madry", ("fig-6-", "fig-13-"), budgets=ends),
+    "fig6": _swept_figure("Figure 6", "madry", ("fig-6-", "fig-13-"), budgets=shorter),
     "fig16": _swept_figure("Figure 16", "trades", ("fig-15-", "fig-16-")),
     "fig18": _swept_figure("Figure 18", "madry", ("fig-17-", "fig-18-"), steps=20),
     "fig20": _swept_figure("Figure 20", "trades", ("fig-19-", "fig-20-"), steps=20),
