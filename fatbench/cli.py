@@ -490,14 +490,17 @@ def status(out: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's fo
 
 @app.command()
 def job(
-    folder: Annotated[Path, typer.Argument(help="One of a sweep's jobs/.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Of a sweep's jobs/.")],
     device: Device = "auto",
 ) -> None:
-    """Do one run of a sweep: what `sweep --print` lists."""
-    from fatbench.job import carry_out, train_and_examine
+    """Do one run of a sweep, what `sweep --print` lists, or several in turn, each telling its own log.txt."""
+    from fatbench.job import carry_out, in_turn, train_and_examine
 
-    records = folder.resolve().parents[1] / "records"
-    carry_out(folder, partial(train_and_examine, device=device, records=records))
+    work = partial(train_and_examine, device=device)
+    if len(folders) == 1:
+        carry_out(folders[0], work)
+    else:
+        in_turn(folders, work)
 
 
 @app.command()
@@ -506,7 +509,7 @@ def reproduce(
         list[str], typer.Argument(metavar="NAME...", help="table1, fig4, ... (list experiments), or all.")
     ],
     scale: Annotated[
-        Scale, typer.Option(help="laptop: digits, in minutes; paper: the paper's recipes.")
+        Scale, typer.Option(help="laptop: digits or CIFAR-10, reduced; paper: the paper's recipes.")
     ] = Scale.laptop,
     dataset: DatasetName = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Training runs of each contestant; 3 unless given.")] = None,
@@ -521,28 +524,32 @@ def reproduce(
 ) -> None:
     """Run the paper's experiments again and judge its claims; writes OUT.md, and goes on where it was stopped."""
     from fatbench.paper import reproduce as paper
+    from fatbench.paper.contestants import WORLDS, world
 
-    said = paper.asked(names)
-    if scale is Scale.paper:
-        _at_paper_scale(said, dataset, seeds or paper.SEEDS, out, workers, device, dry_run)
-        return
     folders = [out, *(records or [])]
-    pool = paper.pooled(dataset or "digits", folders)
-    todo = {} if tell else paper.missing(said, pool, seeds or paper.SEEDS)
+    if scale is Scale.paper:
+        _at_paper_scale(paper.asked(names), dataset, seeds or paper.SEEDS, out, workers, device, dry_run)
+        return
+    if tell:
+        worlds = [world(dataset)] if dataset else WORLDS
+        _tell(paper.asked(names), [paper.pooled(one, folders) for one in worlds], folders, out)
+        return
+    here = world(dataset or "digits")
+    said = paper.asked(names, here)
+    todo = paper.missing(said, paper.pooled(here, folders), seeds or paper.SEEDS)
     if dry_run:
         typer.echo("\n".join([f"{len(todo)} runs to train and examine", *todo]))
         return
-    if not tell:
-        paper.carry_out(todo, pool.world, out, workers, device.split(","))
-        paper.measure(said, pool.world.dataset, "laptop", seeds, out)
-        pool = paper.pooled(pool.world.dataset, folders)
-    _tell(said, pool, folders, out)
+    paper.lay(here, dataset or here.dataset)
+    paper.carry_out(todo, here, out, workers, device.split(","))
+    paper.measure(said, here.dataset, "laptop", seeds, out, workers)
+    _tell(said, [paper.pooled(here, folders)], folders, out)
 
 
-def _tell(said: list[str], pool: Any, folders: list[Path], out: Path) -> None:
+def _tell(said: list[str], pools: list[Any], folders: list[Path], out: Path) -> None:
     from fatbench.paper import report
 
-    found = report.publish(said, pool, folders, out)
+    found = report.publish(said, pools, folders, out)
     for finding in found:
         typer.echo(
             f"{finding.verdict:<14} {finding.claim.place}, {finding.budget}: {finding.claim.text}: {finding.said}"

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fatbench.catalogue import Dataset, described
+from fatbench.catalogue import DATASETS, Dataset, described
 from fatbench.draws import hashed, shuffled
 from fatbench.errors import Refused, first_line
+from fatbench.files import write_atomic
 
 Augment = Literal["none", "crop", "crop-flip"]
 
@@ -85,9 +87,38 @@ def load(name: str, folder: Path | None = None) -> Data:
     """
     info = described(name)
     if info.shape:
-        parts = _torchvision(info, folder or data_folder()) if info.torchvision else _digits()
-        return _checked(info, *parts, classes=info.classes)
+        return _checked(info, *_known(info, folder or data_folder()), classes=info.classes)
     return _checked(info, *(_images(Path(name)) if Path(name).is_dir() else _npz(Path(name))))
+
+
+def keep(name: str, source: str) -> Data:
+    """Lays the beginning of a user's file by under the name that it has here; it is loaded by that name from then on.
+
+    Args:
+        name: Of a dataset that is the beginning of another, `cifar10-reduced`.
+        source: `path.npz` or a folder that holds the other.
+
+    Raises:
+        Refused: too few images or others than that dataset's, or something else was laid by before.
+    """
+    info, path = described(name), data_folder() / f"{name}.npz"
+    whole = load(source)
+    if (whole.shape, whole.classes) != (info.shape, info.classes):
+        raise Refused(f"{source} has images of {whole.shape} and {whole.classes} classes, not those of {info.of}")
+    if min(len(whole.y_train) - info.examples, len(whole.y_test) - info.tests) < 0:
+        raise Refused(f"{source} has fewer images than the {info.examples} + {info.tests} of {name}")
+    train, test = (np.asarray((x * 255).round(), np.uint8) for x in (whole.x_train, whole.x_test))
+    parts = _first(info, (train, np.asarray(whole.y_train), test, np.asarray(whole.y_test)))
+    if not path.exists():
+        write_atomic(path, partial(_save, parts))
+    elif not all(map(np.array_equal, _npz(path), parts)):
+        raise Refused(f"{path} was laid by from another file than {source}: remove it, or set FATBENCH_DATA elsewhere")
+    return load(name)
+
+
+def _save(parts: Arrays, path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **dict(zip(ARRAYS, parts, strict=True)))
 
 
 def data_folder() -> Path:
@@ -96,7 +127,23 @@ def data_folder() -> Path:
 
 # ------------------------------------------------------------------------------------------------ sources
 
-Arrays = tuple[Any, Any, Any, Any]  # x_train, y_train, x_test, y_test as they come
+Arrays = tuple[Any, Any, Any, Any]  # these, as they come
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+def _known(info: Dataset, folder: Path) -> Arrays:
+    if info.torchvision:
+        return _torchvision(info, folder)
+    if not info.of:
+        return _digits()
+    path = folder / f"{info.name}.npz"
+    return _npz(path) if path.exists() else _first(info, _torchvision(DATASETS[info.of], folder))
+
+
+def _first(info: Dataset, parts: Arrays) -> Arrays:
+    """The beginning that a dataset is of another."""
+    train, test = slice(info.examples), slice(info.tests)
+    return parts[0][train], parts[1][train], parts[2][test], parts[3][test]
 
 
 def _digits() -> Arrays:
@@ -138,15 +185,14 @@ def _torchvision(info: Dataset, folder: Path) -> Arrays:
 
 
 def _npz(path: Path) -> Arrays:
-    names = ("x_train", "y_train", "x_test", "y_test")
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in names if name not in file.files]
-            parts = None if missing else tuple(file[name] for name in names)
+            missing = [name for name in ARRAYS if name not in file.files]
+            parts = None if missing else tuple(file[name] for name in ARRAYS)
     except Exception as error:  # a damaged zip makes numpy raise almost anything
         raise Refused(f"{path} is not a readable .npz of plain arrays: {first_line(error)}") from None
     if parts is None:
-        raise Refused(f"{path} lacks {', '.join(missing)}: it must hold {', '.join(names)}")
+        raise Refused(f"{path} lacks {', '.join(missing)}: it must hold {', '.join(ARRAYS)}")
     return parts
 
 

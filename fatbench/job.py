@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +76,12 @@ def _held(path: Path) -> bool:
     return False
 
 
+def noted(folder: Path) -> str:
+    """A job's state as it was last written, whether or not its process still lives."""
+    path = folder / "state.json"
+    return str(read_json(path, "job's state")["state"]) if path.exists() else "not launched"
+
+
 def note(folder: Path, state: str, **more: Any) -> None:
     """Writes a job's state down."""
     write_json(folder / "state.json", {"state": state, "pid": os.getpid(), "host": socket.gethostname(), **more})
@@ -99,17 +107,38 @@ def carry_out(folder: Path, work: Callable[[Path], object]) -> None:
         note(folder, "done")
 
 
+def in_turn(folders: Sequence[Path], work: Callable[[Path], object]) -> None:
+    """Several jobs, one after the other, each telling its own log.txt; one that fails stops nobody else.
+
+    Raises:
+        RunFailed: some failed, or were refused; each has written down why.
+    """
+    failed = 0
+    for folder in folders:
+        with (folder / "log.txt").open("a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
+            try:
+                carry_out(folder, work)
+            except (Refused, RunFailed) as error:
+                failed += 1
+                log.write(f"fatbench: {error}\n")
+            except Exception:  # the next job is another run: what broke this one need not break it
+                failed += 1
+                traceback.print_exc()
+    if failed:
+        raise RunFailed(f"{failed} of {len(folders)} jobs failed: the log.txt of each says why")
+
+
 def _reason(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return str(error) if isinstance(error, (Refused, RunFailed)) else f"{type(error).__name__}: {first_line(error)}"
 
 
-def train_and_examine(folder: Path, device: str, records: Path) -> None:
-    """A job's work: trains, going on where an earlier attempt was stopped, and writes the records asked for."""
+def train_and_examine(folder: Path, device: str) -> None:
+    """A job's work: trains, going on where an earlier attempt was stopped; writes records beside the sweep's jobs/."""
     from fatbench import trainer
 
-    run, settings = folder / "run", runs.settings_in(folder)
+    run, settings, records = folder / "run", runs.settings_in(folder), folder.resolve().parents[1] / "records"
     # A run that has failed stays failed when it is resumed; who launches its job again wants it tried again.
     failed = (run / "done").exists() and read_json(run / "done", "end-of-run mark").get("status") == "failed"
     trainer.train(settings, run, device=device, devices=settings.ranks, resume=not failed, force=failed)

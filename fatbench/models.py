@@ -32,20 +32,22 @@ class DigitsCNN(nn.Sequential):
 
 
 class SmallCNN(nn.Module):
-    """FAT's "Small CNN": six convolutions of 64-64-128-128-196-196 and two linear layers."""
+    """FAT's "Small CNN": six convolutions of 64-64-128-128-196-196 and two linear layers, or of other widths."""
 
-    def __init__(self, classes: int = 10, channels: int = 3, size: int = 32) -> None:
+    def __init__(
+        self, classes: int = 10, channels: int = 3, size: int = 32, widths: tuple[int, int, int] = (64, 128, 196)
+    ) -> None:
         super().__init__()
         if size < 8:
             raise Refused(f"small-cnn halves its input three times: images of at least 8x8, not {size}x{size}")
         inputs = channels
-        for block, outputs in enumerate((64, 128, 196), start=1):
+        for block, outputs in enumerate(widths, start=1):
             self.add_module(f"block{block}_conv1", nn.Conv2d(inputs, outputs, 3, padding=1))
             self.add_module(f"block{block}_conv2", nn.Conv2d(outputs, outputs, 3, padding=1))
             self.add_module(f"batchnorm{block}_1", nn.BatchNorm2d(outputs))
             self.add_module(f"batchnorm{block}_2", nn.BatchNorm2d(outputs))
             inputs = outputs
-        self.fc1 = nn.Linear(196 * (size // 8) ** 2, 256)
+        self.fc1 = nn.Linear(inputs * (size // 8) ** 2, 256)
         self.fc2 = nn.Linear(256, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -218,6 +220,7 @@ def inner(model: nn.Module) -> nn.Module:
 ARCHITECTURES: dict[str, Callable[[int, int, int], nn.Module]] = {
     "digits-cnn": lambda n, c, s: DigitsCNN(n, c),
     "small-cnn": lambda n, c, s: SmallCNN(n, c, s),
+    "narrow-cnn": lambda n, c, s: SmallCNN(n, c, s, (16, 32, 64)),
     "resnet-18": lambda n, c, s: ResNet18(n, c),
     "wrn-32-10": lambda n, c, s: _wide(5, 10, False, n, c),
     "wrn-34-10": lambda n, c, s: _wide(5, 10, True, n, c),
@@ -238,7 +241,7 @@ def build(arch: str, classes: int = 10, channels: int = 3, size: int = 32) -> nn
         arch: A name of ARCHITECTURES, or another wide ResNet, wrn-28-10; underscores are accepted.
         classes: Logits.
         channels: Of the image.
-        size: Side of the square image; only the linear layers of small-cnn and trades-mnist-cnn depend on it.
+        size: Side of the square image; the linear layers of the Small CNNs and of trades-mnist-cnn depend on it.
 
     Raises:
         Refused: unknown name, with the closest.

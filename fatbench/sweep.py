@@ -37,6 +37,8 @@ from fatbench.protocol import told
 from fatbench.recipe import Settings
 
 PAUSE = 0.2  # seconds between looks at the workers
+TOGETHER = 8  # jobs that a process does at most: to start one takes as long as a short run
+Start = Callable[[Sequence[Path], str], list[str]]
 
 
 class Grid(NamedTuple):
@@ -139,45 +141,62 @@ def open_jobs(folders: Sequence[Path]) -> list[Path]:
     return [folder for folder in folders if standing(folder).state in ("not launched", "failed")]
 
 
-def command(folder: Path, device: str = "auto") -> list[str]:
-    """What does one job, here or on a cluster."""
-    return ["fatbench", "job", str(folder.resolve()), *(["--device", device] if device != "auto" else [])]
+def command(folders: Sequence[Path], device: str = "auto") -> list[str]:
+    """What does some jobs, here or on a cluster."""
+    return [
+        "fatbench",
+        "job",
+        *(str(folder.resolve()) for folder in folders),
+        *(["--device", device] if device != "auto" else []),
+    ]
 
 
 def printed(folders: Sequence[Path], device: str) -> str:
     """The commands of all that is to be launched, a line each; they go here first, for paths in the grid."""
     here = shlex.quote(str(Path.cwd()))
-    return "\n".join(f"cd {here} && {shlex.join(command(folder, device))}" for folder in open_jobs(folders))
+    return "\n".join(f"cd {here} && {shlex.join(command([folder], device))}" for folder in open_jobs(folders))
 
 
-def work_through(
-    folders: Sequence[Path], workers: int, devices: Sequence[str], start: Callable[[Path, str], list[str]] | None = None
-) -> None:
-    """Does all open jobs, `workers` at a time, each in a process of its own, worker i on device i.
+class _Process(NamedTuple):
+    """A process at its jobs, one after the other; it runs on a device of its own."""
+
+    slot: int
+    jobs: list[Path]
+    popen: subprocess.Popen[bytes]
+
+
+def work_through(folders: Sequence[Path], workers: int, devices: Sequence[str], start: Start | None = None) -> None:
+    """Does all open jobs, `workers` at a time, in processes of their own, worker i on device i.
+
+    Where many wait a process does several, one after the other.
 
     Raises:
         RunFailed: some failed; the others are done.
     """
     waiting = open_jobs(folders)
-    free, busy = list(range(workers)), dict[subprocess.Popen[bytes], tuple[int, Path]]()
+    free, busy = list(range(workers)), list[_Process]()
     done = len(folders) - len(waiting)
     try:
         with console.waiting("sweep", len(folders), done=done, every=0) as bar:
             while waiting or busy:
                 while waiting and free:
-                    slot, folder = free.pop(0), waiting.pop(0)
-                    busy[_launch(start or _here, folder, devices[slot % len(devices)], workers)] = slot, folder
+                    slot, jobs = free.pop(0), _share(waiting, workers)
+                    busy.append(
+                        _Process(slot, jobs, _launch(start or _here, jobs, devices[slot % len(devices)], workers))
+                    )
                 time.sleep(PAUSE)
-                for process in [process for process in busy if process.poll() is not None]:
-                    slot, folder = busy.pop(process)
-                    free.append(slot)
-                    _write_off(folder, process)
-                    bar.advance(f"{folder.name} {standing(folder).state}")
+                for process in [process for process in busy if process.popen.poll() is not None]:
+                    busy.remove(process)
+                    free.append(process.slot)
+                    left = _write_off(process)
+                    waiting[:0] = left
+                    for folder in process.jobs[: len(process.jobs) - len(left)]:
+                        bar.advance(f"{folder.name} {standing(folder).state}")
     finally:
         for process in busy:  # of an interruption: each writes down that it was
-            process.send_signal(signal.SIGINT)
+            process.popen.send_signal(signal.SIGINT)
         for process in busy:
-            process.wait()
+            process.popen.wait()
     if left := [folder for folder in folders if standing(folder).state != "done"]:
         raise RunFailed(
             f"{len(left)} of {len(folders)} runs are not done: fatbench status {folders[0].parents[1]} says why; the "
@@ -185,26 +204,33 @@ def work_through(
         )
 
 
-def _here(folder: Path, device: str) -> list[str]:
-    return [sys.executable, "-m", *command(folder, device)]
+def _share(waiting: list[Path], workers: int) -> list[Path]:
+    """Takes a process's jobs from those that wait: so few that at the end nobody waits long for the last process."""
+    many = max(1, min(TOGETHER, len(waiting) // (4 * workers)))
+    own, waiting[:] = waiting[:many], waiting[many:]
+    return own
 
 
-def _launch(
-    start: Callable[[Path, str], list[str]], folder: Path, device: str, workers: int
-) -> subprocess.Popen[bytes]:
+def _here(folders: Sequence[Path], device: str) -> list[str]:
+    return [sys.executable, "-m", *command(folders, device)]
+
+
+def _launch(start: Start, folders: Sequence[Path], device: str, workers: int) -> subprocess.Popen[bytes]:
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
     own = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}  # not one of SLURM's tasks
-    with (folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(start(folder, device), stdout=log, stderr=log, env={**threads, **own})
+    with (folders[0] / "log.txt").open("ab") as log:
+        return subprocess.Popen(start(folders, device), stdout=log, stderr=log, env={**threads, **own})
 
 
-def _write_off(folder: Path, process: subprocess.Popen[bytes]) -> None:
-    """Says for a job what it could not say itself."""
-    if process.returncode < 0:
-        job.note(folder, "failed", reason=f"killed by {signal.Signals(-process.returncode).name}")
-    elif process.returncode and standing(folder).state != "failed":
-        log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        job.note(folder, "failed", reason=log[-1] if log else f"exit code {process.returncode}")
+def _write_off(process: _Process) -> list[Path]:
+    """Says what the job at which a process died could not say itself; the jobs that the process never came to."""
+    code, unsaid = process.popen.returncode, [f for f in process.jobs if job.noted(f) in ("not launched", "running")]
+    if not code or not unsaid:
+        return []
+    log = (process.jobs[0] / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = log[-1] if log else f"exit code {code}"
+    job.note(unsaid[0], "failed", reason=f"killed by {signal.Signals(-code).name}" if code < 0 else said)
+    return unsaid[1:]
 
 
 def report(folders: Sequence[Path]) -> str:

@@ -31,7 +31,7 @@ CLAIM = Claim("c", "Table 0", "the first is above the second")
 
 @pytest.fixture
 def put(tmp_path: Path) -> Put:
-    """Writes a record of a contestant's seed: put(FAT(60), 0, {"pgd-20": 150}), counts of examples that hold."""
+    """Writes a record of one seed: put(FAT(DIGITS, 60), 0, {"pgd-20": 150}), counts of examples that hold."""
     made = iter(range(10000))
 
     def write(
@@ -148,22 +148,22 @@ def test_one_seed_knows_nothing_of_seeds() -> None:
 
 def test_runs_are_found_by_their_settings_whatever_their_seed(put: Put, pool: Callable[[], Pool]) -> None:
     for seed in (0, 2):
-        put(FAT(60), seed, {"pgd-20": 150})
-    put(at("fat", tau=0)(60), 0, {"pgd-20": 10})
-    put(FAT(15), 0, {"pgd-20": 20})
-    found = pool().of(FAT(60), ["pgd-20"])
+        put(FAT(DIGITS, 60), seed, {"pgd-20": 150})
+    put(at("fat", tau=0)(DIGITS, 60), 0, {"pgd-20": 10})
+    put(FAT(DIGITS, 15), 0, {"pgd-20": 20})
+    found = pool().of(FAT(DIGITS, 60), ["pgd-20"])
     assert found is not None
     assert [run.seed for run in found.runs] == [0, 2]
     assert found.accuracies("pgd-20") == [75, 75]
-    assert pool().of(MADRY(60), ["pgd-20"]) is None
+    assert pool().of(MADRY(DIGITS, 60), ["pgd-20"]) is None
 
 
 def test_what_several_records_say_of_a_run_is_joined(put: Put, pool: Callable[[], Pool]) -> None:
-    put(FAT(60), 0, {"pgd-20": 150})
-    assert pool().missing(FAT(60), 0, ["pgd-20", "autoattack"]) == ["autoattack"]
-    assert pool().missing(FAT(60), 1, ["pgd-20"]) == ["pgd-20"]
-    put(FAT(60), 0, {"autoattack": 100, "pgd-20@0.4": 80})
-    found = pool().of(FAT(60), ["pgd-20", "autoattack", "pgd-20@0.4"])
+    put(FAT(DIGITS, 60), 0, {"pgd-20": 150})
+    assert pool().missing(FAT(DIGITS, 60), 0, ["pgd-20", "autoattack"]) == ["autoattack"]
+    assert pool().missing(FAT(DIGITS, 60), 1, ["pgd-20"]) == ["pgd-20"]
+    put(FAT(DIGITS, 60), 0, {"autoattack": 100, "pgd-20@0.4": 80})
+    found = pool().of(FAT(DIGITS, 60), ["pgd-20", "autoattack", "pgd-20@0.4"])
     assert found is not None
     assert [found.accuracies(name) for name in ("clean", "pgd-20", "autoattack", "pgd-20@0.4")] == [
         [95],
@@ -175,8 +175,8 @@ def test_what_several_records_say_of_a_run_is_joined(put: Put, pool: Callable[[]
 
 @pytest.mark.parametrize("other", [{"selection": "best"}, {"status": "failed: NaN"}, {"eps": "0.2"}, {"version": 1}])
 def test_other_examinations_do_not_count(other: dict[str, Any], put: Put, pool: Callable[[], Pool]) -> None:
-    put(FAT(60), 0, {"pgd-20": 150}, **other)
-    assert pool().of(FAT(60), ["pgd-20"]) is None
+    put(FAT(DIGITS, 60), 0, {"pgd-20": 150}, **other)
+    assert pool().of(FAT(DIGITS, 60), ["pgd-20"]) is None
 
 
 @pytest.mark.parametrize("own", ["jobs", "evidence", "records"])
@@ -190,8 +190,8 @@ def test_only_what_is_not_recorded_is_to_be_done(put: Put, pool: Callable[[], Po
     whole = dict.fromkeys(EXPERIMENTS["friendly"].attacks, 100)
     for defense in ("cat", "fat-cat", "dat"):
         for seed in range(2):
-            put(at(defense)(60), seed, whole)
-    put(at("fat-dat")(60), 0, {name: 100 for name in whole if name != "autoattack"})
+            put(at(defense)(DIGITS, 60), seed, whole)
+    put(at("fat-dat")(DIGITS, 60), 0, {name: 100 for name in whole if name != "autoattack"})
     todo = reproduce.missing(["friendly"], pool(), 2)
     assert {name: attacks for name, (_, attacks) in todo.items()} == {
         "fat-dat-eps0.3-epochs60-seed0-whole": ("autoattack",),
@@ -220,10 +220,10 @@ def test_swapping_two_defenses_records_turns_the_verdict_round(
     put: Put, pool: Callable[[], Pool], tmp_path: Path
 ) -> None:
     for seed in range(3):
-        put(FAT(60), seed, {"pgd-20": 150 + seed}, clean=195)
-        put(MADRY(60), seed, {"pgd-20": 110 + seed}, clean=190)
-        put(MADRY(60), seed, {"pgd-20": 150 + seed}, clean=195, folder="swapped")
-        put(FAT(60), seed, {"pgd-20": 110 + seed}, clean=190, folder="swapped")
+        put(FAT(DIGITS, 60), seed, {"pgd-20": 150 + seed}, clean=195)
+        put(MADRY(DIGITS, 60), seed, {"pgd-20": 110 + seed}, clean=190)
+        put(MADRY(DIGITS, 60), seed, {"pgd-20": 150 + seed}, clean=195, folder="swapped")
+        put(FAT(DIGITS, 60), seed, {"pgd-20": 110 + seed}, clean=190, folder="swapped")
     test = verdicts.versus(CLAIM, FAT, MADRY, "pgd-20")
     assert judged(test, pool())[0] == "holds"
     assert judged(test, Pool([tmp_path / "swapped"], DIGITS))[0] == "does not hold"
@@ -234,8 +234,8 @@ def test_swapping_two_defenses_records_turns_the_verdict_round(
 
 def test_a_finding_says_its_figures_and_on_what_they_stand(put: Put, pool: Callable[[], Pool]) -> None:
     for seed in range(3):
-        put(FAT(60), seed, {"pgd-20": 150})
-        put(MADRY(60), seed, {"pgd-20": 150})
+        put(FAT(DIGITS, 60), seed, {"pgd-20": 150})
+        put(MADRY(DIGITS, 60), seed, {"pgd-20": 150})
     found = verdicts.alike(CLAIM, FAT, MADRY, "pgd-20").finding(pool(), 60, "fatbench reproduce x")
     assert found is not None
     assert (found.n, found.seeds, found.budget, found.verdict) == (N, 3, "60 epochs", "holds")
@@ -244,12 +244,12 @@ def test_a_finding_says_its_figures_and_on_what_they_stand(put: Put, pool: Calla
 
 
 def test_accuracy_that_falls_along_tau_is_a_trend(put: Put, pool: Callable[[], Pool]) -> None:
-    line = [(tau, at("fat", tau=tau)(15)) for tau in range(4)]
+    line = [(tau, at("fat", tau=tau)(DIGITS, 15)) for tau in range(4)]
     for tau, whom in line:
         for seed in range(2):
             put(whom, seed, {"pgd-20": 100 + 10 * tau}, clean=199 - 5 * tau - seed)
-    falls = verdicts.falls(CLAIM, lambda epochs: line, "clean", "tau")
-    rises = verdicts.falls(CLAIM, lambda epochs: line, "pgd-20", "tau")
+    falls = verdicts.falls(CLAIM, lambda world, epochs: line, "clean", "tau")
+    rises = verdicts.falls(CLAIM, lambda world, epochs: line, "pgd-20", "tau")
     assert judged(falls, pool(), 15)[0] == "holds"
     assert judged(rises, pool(), 15)[0] == "does not hold"
 
@@ -262,27 +262,29 @@ def test_accuracy_that_falls_along_tau_is_a_trend(put: Put, pool: Callable[[], P
 def test_a_collapse_is_one_answer_or_half_of_the_best(
     madry: tuple[int, ...], fat: tuple[int, ...], verdict: str, put: Put, pool: Callable[[], Pool]
 ) -> None:
-    big = {name: at(name, "0.5")(60) for name in ("madry", "fat")}
+    big = {name: at(name, "0.5")(DIGITS, 60) for name in ("madry", "fat")}
     for seed in range(2):
         put(big["madry"], seed, {"pgd-20": 10}, clean=madry[seed])
         put(big["fat"], seed, {"pgd-20": 10}, clean=fat[seed])
-        for small in (MADRY(60), FAT(60)):
+        for small in (MADRY(DIGITS, 60), FAT(DIGITS, 60)):
             put(small, seed, {"pgd-20": 10}, clean=190)
-    test = verdicts.collapses(CLAIM, at("madry", "0.5"), at("fat", "0.5"), lambda epochs: [MADRY(60), FAT(60)])
+    test = verdicts.collapses(
+        CLAIM, at("madry", "0.5"), at("fat", "0.5"), lambda world, epochs: [MADRY(DIGITS, 60), FAT(DIGITS, 60)]
+    )
     assert judged(test, pool())[0] == verdict
 
 
 def test_backward_passes_that_grow_stay_below_k_and_surge(put: Put, pool: Callable[[], Pool]) -> None:
     curve = [1 + 0.05 * epoch + (1.0 if epoch >= 30 else 0) for epoch in range(60)]
     for seed in range(3):
-        put(FAT(60), seed, {"pgd-20": 10}, steps=[value + 0.01 * seed for value in curve])
-        put(MADRY(60), seed, {"pgd-20": 10}, steps=[10 - value for value in curve])
+        put(FAT(DIGITS, 60), seed, {"pgd-20": 10}, steps=[value + 0.01 * seed for value in curve])
+        put(MADRY(DIGITS, 60), seed, {"pgd-20": 10}, steps=[10 - value for value in curve])
     assert judged(verdicts.grows(CLAIM, FAT), pool())[0] == "holds"
     assert judged(verdicts.grows(CLAIM, MADRY), pool())[0] == "does not hold"
     assert judged(verdicts.surges(CLAIM, FAT, [0.5]), pool())[0] == "holds"
     assert judged(verdicts.surges(CLAIM, MADRY, [0.5]), pool())[0] == "does not hold"
     for seed in range(3):
-        put(FAT(15), seed, {"pgd-20": 10}, steps=[1 + epoch / 8 + seed / 16 for epoch in range(15)])
+        put(FAT(DIGITS, 15), seed, {"pgd-20": 10}, steps=[1 + epoch / 8 + seed / 16 for epoch in range(15)])
     verdict, said = judged(verdicts.surges(CLAIM, FAT, [0.5]), pool(), 15)  # that they grow all the time is no surge
     assert verdict == "undecided"
     assert said.endswith("surge +0.00 [+0.00, +0.00]")
@@ -292,10 +294,12 @@ def test_backward_passes_that_grow_stay_below_k_and_surge(put: Put, pool: Callab
 
 def test_equal_cost_compares_with_what_lies_between_two_budgets(put: Put, pool: Callable[[], Pool]) -> None:
     for seed in range(3):
-        put(FAT(60), seed, {"autoattack": 120 + seed}, steps=[4] * 60)
+        put(FAT(DIGITS, 60), seed, {"autoattack": 120 + seed}, steps=[4] * 60)
         for epochs, right in ((15, 60), (30, 100), (60, 150)):
-            put(MADRY(epochs), seed, {"autoattack": right + seed}, steps=[9] * epochs)
-    test = verdicts.at_equal_cost(CLAIM, FAT, lambda: [MADRY(epochs) for epochs in (15, 30, 60)], "autoattack")
+            put(MADRY(DIGITS, epochs), seed, {"autoattack": right + seed}, steps=[9] * epochs)
+    test = verdicts.at_equal_cost(
+        CLAIM, FAT, lambda world: [MADRY(world, epochs) for epochs in (15, 30, 60)], "autoattack"
+    )
     verdict, said = judged(test, pool())
     assert verdict == "holds"
     assert "fat, 60 epochs: 300 passes an example" in said
@@ -305,12 +309,12 @@ def test_equal_cost_compares_with_what_lies_between_two_budgets(put: Put, pool: 
 
 def test_outcomes_between_two_budgets_are_mixed_in_proportion(put: Put, pool: Callable[[], Pool]) -> None:
     for seed in range(3):
-        put(FAT(60), seed, {"autoattack": 100 + seed}, steps=[5.75] * 60)
+        put(FAT(DIGITS, 60), seed, {"autoattack": 100 + seed}, steps=[5.75] * 60)
         for epochs, right in ((30, 80), (60, 160)):
-            put(MADRY(epochs), seed, {"autoattack": right + seed}, steps=[9] * epochs)
-    test = verdicts.at_equal_cost(CLAIM, FAT, lambda: [MADRY(30), MADRY(60)], "autoattack")
+            put(MADRY(DIGITS, epochs), seed, {"autoattack": right + seed}, steps=[9] * epochs)
+    test = verdicts.at_equal_cost(CLAIM, FAT, lambda world: [MADRY(DIGITS, 30), MADRY(DIGITS, 60)], "autoattack")
     assert "difference at equal cost -4.0 " in judged(test, pool())[1]  # 405 passes: 108 of 200, from 80 and 160
-    cheap = verdicts.at_equal_cost(CLAIM, FAT, lambda: [MADRY(60), MADRY(60)], "autoattack")
+    cheap = verdicts.at_equal_cost(CLAIM, FAT, lambda world: [MADRY(DIGITS, 60), MADRY(DIGITS, 60)], "autoattack")
     assert cheap.finding(pool(), 60, "x") is None
 
 
@@ -333,10 +337,10 @@ def test_no_two_claims_share_a_name_and_all_are_about_contestants_that_are_train
 
 def test_the_tables_have_the_papers_rows_at_the_larger_budget_and_of_beta_1(put: Put, pool: Callable[[], Pool]) -> None:
     for seed in range(3):
-        put(MADRY(60), seed, {"pgd-20": 100 + seed}, clean=190)
-        put(at("fat", "0.4")(60), seed, {"pgd-20": 130 + seed}, clean=190)
-        put(at("trades", beta=1.0)(60), seed, {"pgd-20": 100 + seed}, clean=180)
-        put(at("fat-trades", beta=1.0)(60), seed, {"pgd-20": 90 + seed}, clean=195)
+        put(MADRY(DIGITS, 60), seed, {"pgd-20": 100 + seed}, clean=190)
+        put(at("fat", "0.4")(DIGITS, 60), seed, {"pgd-20": 130 + seed}, clean=190)
+        put(at("trades", beta=1.0)(DIGITS, 60), seed, {"pgd-20": 100 + seed}, clean=180)
+        put(at("fat-trades", beta=1.0)(DIGITS, 60), seed, {"pgd-20": 90 + seed}, clean=195)
     found = {one.claim.id: one.verdict for one in reproduce.findings(["table1", "table2"], pool(), [])}
     assert found == {
         "table1-larger-pgd-20": "holds", "table1-larger-natural": "holds",
@@ -379,10 +383,10 @@ def test_names_scales_and_data_that_do_not_exist_are_refused() -> None:
 
 
 def test_networks_examined_on_other_examples_are_refused(put: Put, pool: Callable[[], Pool]) -> None:
-    put(FAT(60), 0, {"pgd-20": 150})
-    put(MADRY(60), 0, {"pgd-20": 150})
+    put(FAT(DIGITS, 60), 0, {"pgd-20": 150})
+    put(MADRY(DIGITS, 60), 0, {"pgd-20": 150})
     made = pool()
-    one, other = made.of(FAT(60), ["pgd-20"]), made.of(MADRY(60), ["pgd-20"])
+    one, other = made.of(FAT(DIGITS, 60), ["pgd-20"]), made.of(MADRY(DIGITS, 60), ["pgd-20"])
     assert one is not None
     assert other is not None
     other.runs[0].__dict__["right"] = other.runs[0].right.iloc[:10]
@@ -398,11 +402,11 @@ def test_the_same_records_give_the_same_page_and_plots(put: Put, tmp_path: Path)
         for tau in range(11):
             for seed in range(2):
                 right = dict.fromkeys(EXPERIMENTS["fig4"].attacks, 100 + 3 * tau)
-                put(at("fat", tau=tau)(epochs), seed, right, clean=190 - tau, steps=[1.0] * epochs)
+                put(at("fat", tau=tau)(DIGITS, epochs), seed, right, clean=190 - tau, steps=[1.0] * epochs)
     written = []
     for name in ("one", "two"):
         out = tmp_path / name / "page"
-        report.publish(["fig4", "fig5"], reproduce.pooled("digits", [tmp_path / "records"]), [tmp_path], out)
+        report.publish(["fig4", "fig5"], [reproduce.pooled(DIGITS, [tmp_path / "records"])], [tmp_path], out)
         written.append(
             {path.relative_to(out.parent): path.read_bytes() for path in out.parent.rglob("*.*") if path.is_file()}
         )
@@ -417,7 +421,7 @@ def test_the_same_records_give_the_same_page_and_plots(put: Put, tmp_path: Path)
 def test_the_published_page_is_what_its_records_say(root: Path, tmp_path: Path) -> None:
     folders = [root / "docs" / "reproduction", root / "leaderboard" / "records"]
     out = tmp_path / "reproduction"
-    report.publish(reproduce.names(), reproduce.pooled("digits", folders), folders, out)
+    report.publish(reproduce.names(), [reproduce.pooled(DIGITS, folders)], folders, out)
     assert (tmp_path / "reproduction.md").read_text() == (root / "docs" / "reproduction.md").read_text()
     published = {path.name for path in (root / "docs" / "reproduction" / "plots").iterdir()}
     assert {path.name for path in (out / "plots").iterdir()} == published
@@ -443,7 +447,7 @@ def test_a_small_experiment_runs_from_nothing_and_goes_on(
 ) -> None:
     tiny = replace(DIGITS, budgets=(1, 1, 1))
     few = replace(
-        EXPERIMENTS["margin"], whom=lambda world: [at("fat", tau=0)(1), at("fat-margin", rho=0.5)(1)],
+        EXPERIMENTS["margin"], whom=lambda world: [at("fat", tau=0)(DIGITS, 1), at("fat-margin", rho=0.5)(DIGITS, 1)],
         attacks=("fgsm",), budgets=lambda world: (1,),
         tests=(verdicts.versus(CLAIM, at("fat", tau=0), at("fat-margin", rho=0.5), "fgsm"),),
     )  # fmt: skip
@@ -454,21 +458,21 @@ def test_a_small_experiment_runs_from_nothing_and_goes_on(
     reproduce.carry_out(todo, tiny, out, 1, ["cpu"])
     pool = Pool([out], tiny)
     assert reproduce.missing(["margin"], pool, 1) == {}
-    (found,) = report.publish(["margin"], pool, [out], out)
+    (found,) = report.publish(["margin"], [pool], [out], out)
     assert (found.n, found.seeds, found.budget) == (360, 1, "1 epochs")
     assert "the first is above the second" in (tmp_path / "out.md").read_text()
 
 
 def test_nothing_recorded_is_no_page(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="nothing is recorded of fig4, table1"):
-        report.publish(["fig4", "table1"], reproduce.pooled("digits", [tmp_path]), [tmp_path], tmp_path / "page")
+        report.publish(["fig4", "table1"], [reproduce.pooled(DIGITS, [tmp_path])], [tmp_path], tmp_path / "page")
     assert not (tmp_path / "page.md").exists()
 
 
 def test_the_figures_that_a_finding_says_add_up(put: Put, pool: Callable[[], Pool]) -> None:
     for seed, right in enumerate((100, 100, 160)):  # medians would tell a loss of 5 points
-        put(FAT(60), seed, {"pgd-20": right})
-        put(MADRY(60), seed, {"pgd-20": (110, 120, 70)[seed]})
+        put(FAT(DIGITS, 60), seed, {"pgd-20": right})
+        put(MADRY(DIGITS, 60), seed, {"pgd-20": (110, 120, 70)[seed]})
     said = judged(verdicts.versus(CLAIM, FAT, MADRY, "pgd-20"), pool())[1]
     assert said.startswith("PGD-20: fat 60.0 ± 17.3, madry 50.0 ± 13.2; difference +10.0 ")
 
@@ -476,7 +480,7 @@ def test_the_figures_that_a_finding_says_add_up(put: Put, pool: Callable[[], Poo
 def test_accuracy_is_drawn_against_the_cost_of_training(put: Put, pool: Callable[[], Pool]) -> None:
     whole = dict.fromkeys(EXPERIMENTS["cost"].attacks, 100)
     for epochs in DIGITS.budgets:
-        put(MADRY(epochs), 0, {**whole, "autoattack": 50 + epochs}, steps=[9] * epochs)
+        put(MADRY(DIGITS, epochs), 0, {**whole, "autoattack": 50 + epochs}, steps=[9] * epochs)
     ((name, figure),) = drawn.figures("cost", EXPERIMENTS["cost"], pool())
     natural, attacked = (axis.lines[0] for axis in figure.axes)
     assert name == "cost"

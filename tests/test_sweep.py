@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,10 @@ def work(folder):
     while (folder / "wait").exists():
         time.sleep(0.05)
 
-job.carry_out(Path(sys.argv[1]), work)
+if len(sys.argv) == 2:
+    job.carry_out(Path(sys.argv[1]), work)
+else:
+    job.in_turn([Path(folder) for folder in sys.argv[1:]], work)
 """
 
 
@@ -50,9 +54,9 @@ def grid(tmp_path: Path, text: str = GRID) -> str:
 
 
 @pytest.fixture
-def stub(tmp_path: Path) -> Callable[[Path, str], list[str]]:
+def stub(tmp_path: Path) -> sweep.Start:
     (tmp_path / "stub.py").write_text(STUB)
-    return lambda folder, device: [sys.executable, str(tmp_path / "stub.py"), str(folder)]
+    return lambda folders, device: [sys.executable, str(tmp_path / "stub.py"), *map(str, folders)]
 
 
 # ------------------------------------------------------------------------------------------------ the grid
@@ -117,9 +121,11 @@ def test_a_folder_is_one_grids(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the jobs
 
 
+@pytest.mark.parametrize("many", [1, 5])
 def test_of_twelve_runs_one_crashes_and_one_is_killed_and_a_relaunch_completes_them(
-    tmp_path: Path, stub: Callable[[Path, str], list[str]]
+    tmp_path: Path, stub: sweep.Start, monkeypatch: pytest.MonkeyPatch, many: int
 ) -> None:
+    monkeypatch.setattr(sweep, "_share", lambda waiting, workers: [waiting.pop(0) for _ in waiting[:many]])
     folders = sweep.prepare(sweep.expand(grid(tmp_path)), tmp_path / "out")
     crashing, killed = folders[3], folders[6]
     (crashing / "crash").touch()
@@ -162,10 +168,39 @@ def test_a_job_at_work_is_left_alone_and_a_dead_one_is_seen(tmp_path: Path) -> N
     assert sweep.open_jobs([folder]) == [folder]
 
 
+def test_many_jobs_share_a_process_and_the_last_ones_do_not() -> None:
+    waiting = [Path(str(at)) for at in range(40)]
+    taken = []
+    while waiting:
+        taken.append(len(sweep._share(waiting, 2)))
+    assert taken[0] == 5
+    assert set(taken[-8:]) == {1}
+    assert sum(taken) == 40
+    assert len(sweep._share([Path(str(at)) for at in range(1000)], 2)) == sweep.TOGETHER
+
+
+def test_jobs_in_turn_end_as_jobs_alone_and_each_has_its_log(tmp_path: Path) -> None:
+    settings = (recipe.resolve("fat", eps="0.3", epochs=1, n_train=100, seed=seed) for seed in (0, 1))
+    grid = sweep.Grid(dict(zip("ab", settings, strict=True)), job.Examine())
+    alone, together = (sweep.prepare(grid, tmp_path / name) for name in ("alone", "together"))
+    work = partial(job.train_and_examine, device="cpu")
+    for folder in alone:
+        job.carry_out(folder, work)
+    (together[0].parent / "c").mkdir()
+    with pytest.raises(RunFailed, match=r"1 of 3 jobs failed: the log\.txt of each says why"):
+        job.in_turn([together[0].parent / "c", *together], work)
+    for one, other in zip(alone, together, strict=True):
+        assert (one / "run" / "last.safetensors").read_bytes() == (other / "run" / "last.safetensors").read_bytes()
+        assert "on digits 1/1" in (other / "log.txt").read_text()
+    assert "holds no job" in (together[0].parent / "c" / "log.txt").read_text()
+
+
 def test_what_a_job_dies_of_before_it_can_speak_is_its_logs_last_line(tmp_path: Path) -> None:
     folders = sweep.prepare(sweep.expand(grid(tmp_path)), tmp_path / "out")[:1]
     with pytest.raises(RunFailed):
-        sweep.work_through(folders, 1, ["auto"], lambda folder, device: [sys.executable, "-c", "import nothing_at_all"])
+        sweep.work_through(
+            folders, 1, ["auto"], lambda folders, device: [sys.executable, "-c", "import nothing_at_all"]
+        )
     assert standing(folders[0]).said == "ModuleNotFoundError: No module named 'nothing_at_all'"
 
 
@@ -173,14 +208,14 @@ def test_each_worker_has_its_device(tmp_path: Path) -> None:
     folders = sweep.prepare(sweep.expand(grid(tmp_path)), tmp_path / "out")[:4]
     given = []
 
-    def start(folder: Path, device: str) -> list[str]:
+    def start(folders: Sequence[Path], device: str) -> list[str]:
         given.append(device)
         return [sys.executable, "-c", ""]
 
     with pytest.raises(RunFailed):
         sweep.work_through(folders, 2, ["cuda:0", "cuda:1"], start)
     assert set(given[:2]) == {"cuda:0", "cuda:1"}
-    assert sweep.command(folders[0], "cuda:1")[-2:] == ["--device", "cuda:1"]
+    assert sweep.command(folders, "cuda:1")[-2:] == ["--device", "cuda:1"]
 
 
 def test_a_sweep_from_the_command_line_ends_on_the_board(

@@ -6,13 +6,13 @@ from functools import partial
 
 from fatbench.paper import verdicts as tests
 from fatbench.paper.claims import Claim
-from fatbench.paper.contestants import DIGITS, Contestant
+from fatbench.paper.contestants import Contestant, World
 from fatbench.paper.experiment import FRIENDS, WHOLE, Experiment, at, at_eps, every, longest, shortest
 from fatbench.paper.verdicts import MARGIN, At, Test
 
 
-def _budgets_of(defense: str) -> list[Contestant]:
-    return [Contestant(defense, DIGITS.eps, epochs) for epochs in DIGITS.budgets]
+def _budgets_of(defense: str, world: World) -> list[Contestant]:
+    return [Contestant(defense, world.eps, epochs) for epochs in world.budgets]
 
 
 _BEYOND = "beyond the paper"
@@ -110,7 +110,7 @@ BEYOND = {
     "margin": Experiment(
         _BEYOND,
         "the margin rule of Appendix A against tau",
-        lambda world: [one(world.short) for one in (*_MARGINS.values(), *_TAUS)],
+        lambda world: [one(world, world.short) for one in (*_MARGINS.values(), *_TAUS)],
         WHOLE,
         tuple(test for told, whom in _MARGINS.items() for test in _margin(told, whom)),
         shortest,

@@ -2,63 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fatbench import recipe
+from fatbench.catalogue import described
 from fatbench.errors import Refused
 from fatbench.recipe import Settings
 
 
 @dataclass(frozen=True)
 class World:
-    """A data set on which a laptop can train hundreds of networks.
+    """A data set on which a laptop can train hundreds of networks, and how.
 
     Attributes:
         dataset: By name.
+        title: As a reader knows it.
         eps: Of the attacks, as published, and of training where it is not swept.
         second: A larger budget of the attacks, as in Figure 6.
         sweep: eps_train of Figure 6 and its kin.
+        lines: tau of the friendly defenses in Figure 6.
+        taus: Of Figure 4.
         free: Step sizes of Figures 9 and 10, where nothing projects onto the ball; the first is eps / 10.
-        lr, batch_size: Of every run.
-        budgets: Epochs: short, twice as many, and so long that Madry has converged.
+        budgets: Epochs: short, twice as many, and so long that Madry has converged; or one alone.
+        settings: Of every run.
+        tells: The experiments that are set up on it; None: every one.
+        how: How its runs are made again, as `fatbench reproduce` takes it.
     """
 
     dataset: str
+    title: str
     eps: str
     second: str
     sweep: tuple[str, ...]
+    lines: tuple[int, ...]
+    taus: tuple[int, ...]
     free: tuple[str, ...]
-    lr: float
-    batch_size: int
     budgets: tuple[int, ...]
+    settings: Mapping[str, Any]
+    tells: tuple[str, ...] | None = None
+    how: str = ""
 
     @property
     def short(self) -> int:
         return self.budgets[0]
 
     @property
-    def ends(self) -> tuple[int, ...]:
-        """The shortest and the longest budget."""
-        return self.budgets[0], self.budgets[-1]
+    def most(self) -> str:
+        """The largest eps_train."""
+        return self.sweep[-1]
+
+    def has(self, experiment: str) -> bool:
+        """Whether an experiment is set up on it."""
+        return self.tells is None or experiment in self.tells
+
+    def said(self, text: str) -> str:
+        """A claim's words, or an attack's name, with this world's budgets in them: `pgd-20@{second}`."""
+        return text.format(eps=self.eps, second=self.second)
 
 
 # The learning rate was chosen on the validation split by benchmarks/choose_lr.py; batch and rate are the demo's.
 DIGITS = World(
-    "digits", "0.3", "0.4", ("0.1", "0.2", "0.3", "0.4", "0.5"), ("0.03", "0.06", "0.09", "0.12", "0.15"), 0.1, 64,
-    (15, 30, 60),
+    "digits", "digits", "0.3", "0.4", sweep=("0.1", "0.2", "0.3", "0.4", "0.5"), lines=(0, 1, 3), taus=tuple(range(11)),
+    free=("0.03", "0.06", "0.09", "0.12", "0.15"), budgets=(15, 30, 60), settings={"lr": 0.1, "batch_size": 64},
 )  # fmt: skip
+REDUCED = World(
+    "cifar10-reduced", "CIFAR-10, reduced", "8/255", "16/255", sweep=("4/255", "8/255", "12/255", "16/255"),
+    lines=(0, 3), taus=(0, 1, 2, 3, 10), free=(), budgets=(8,),
+    settings={"lr": 0.1, "batch_size": 128, "precision": "bf16-mixed"},
+    tells=("table1", "table2", "table4", "fig4", "fig5", "fig6", "friendly"), how=" --dataset cifar10.npz",
+)  # fmt: skip
+WORLDS = (DIGITS, REDUCED)
 
 
 def world(dataset: str) -> World:
-    """The world that a data set's name means.
+    """The world that a data set's name means, or a user's own images: CIFAR-10 as a file.
 
     Raises:
         Refused: none is set up for it.
     """
-    if dataset != DIGITS.dataset:
-        raise Refused(f"--scale laptop is set up for digits, not {dataset}: leave --dataset out, or use --scale paper")
-    return DIGITS
+    info = described(dataset)
+    if info.shape is None:
+        return REDUCED
+    for one in WORLDS:
+        if info.name in (one.dataset, described(one.dataset).of):
+            return one
+    raise Refused(
+        f"--scale laptop is set up for digits and CIFAR-10 (by name, or a file), not {dataset}: leave --dataset out, "
+        "or use --scale paper"
+    )
 
 
 class Contestant(NamedTuple):
@@ -88,6 +121,6 @@ class Contestant(NamedTuple):
     def settings(self, world: World, seed: int) -> Settings:
         """One run of it."""
         return recipe.resolve(
-            self.defense, dataset=world.dataset, eps=self.eps, epochs=self.epochs, lr=world.lr,
-            batch_size=world.batch_size, seed=seed, fields=dict(self.fields),
+            self.defense, dataset=world.dataset, eps=self.eps, epochs=self.epochs, seed=seed, fields=dict(self.fields),
+            **world.settings,
         )  # fmt: skip

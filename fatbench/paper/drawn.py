@@ -30,20 +30,21 @@ def figures(name: str, experiment: Experiment, pool: Pool) -> Drawn:
             yield from draw(name, experiment, pool)
 
 
-def _recorded(experiment: Experiment, pool: Pool, epochs: int, attacks: Sequence[str]) -> list[Seeds]:
+def _recorded(experiment: Experiment, pool: Pool, epochs: int, attacks: Sequence[str] | None = None) -> list[Seeds]:
+    """Who was examined under the attacks, the experiment's own unless given."""
     whom = [one for one in experiment.whom(pool.world) if one.epochs == epochs]
-    found = [pool.of(one, attacks) for one in whom]
+    found = [pool.of(one, experiment.under(pool.world) if attacks is None else attacks) for one in whom]
     return [one for one in found if one]
 
 
 def _over_tau(name: str, experiment: Experiment, pool: Pool) -> Drawn:
     """Natural and robust accuracy against tau, a panel a budget."""
-    budgets = [e for e in experiment.budgets(pool.world) if _recorded(experiment, pool, e, experiment.attacks)]
+    budgets = [e for e in experiment.budgets(pool.world) if _recorded(experiment, pool, e)]
     if not budgets:
         return
-    figure, axes = _panels(len(budgets), f"{experiment.place}: FAT on {pool.world.dataset}, eps {pool.world.eps}")
+    figure, axes = _panels(len(budgets), f"{experiment.place}: FAT on {pool.world.title}, eps {pool.world.eps}")
     for axis, epochs in zip(axes, budgets, strict=True):
-        line = [(_field(s.contestant, "tau"), s) for s in _recorded(experiment, pool, epochs, experiment.attacks)]
+        line = [(_field(s.contestant, "tau"), s) for s in _recorded(experiment, pool, epochs)]
         for measure, style in zip(("clean", "pgd-20", "cw-inf"), styles(), strict=False):
             _banded(axis, line, measure, label=title(measure), **style)
         axis.set(xlabel="tau", ylabel="accuracy, %", ylim=(0, 100))
@@ -59,7 +60,7 @@ def _over_epochs(name: str, experiment: Experiment, pool: Pool) -> Drawn:
         defenses = list(dict.fromkeys(side.contestant.defense for side in sides))
         if not sides:
             continue
-        told = f"{experiment.place}: {pool.world.dataset}, eps {pool.world.eps}, {epochs} epochs"
+        told = f"{experiment.place}: {pool.world.title}, eps {pool.world.eps}, {epochs} epochs"
         figure, axes = _panels(len(defenses), told)
         for axis, defense in zip(axes, defenses, strict=True):
             own = [side for side in sides if side.contestant.defense == defense]
@@ -76,7 +77,7 @@ def _over_epochs(name: str, experiment: Experiment, pool: Pool) -> Drawn:
 def _over_sweep(name: str, experiment: Experiment, pool: Pool) -> Drawn:
     """Accuracies against eps_train, or against the step size, a panel a measure, a figure a budget."""
     for epochs in experiment.budgets(pool.world):
-        sides = _recorded(experiment, pool, epochs, experiment.attacks)
+        sides = _recorded(experiment, pool, epochs)
         if not sides:
             continue
         free = any(key == "project" for key, _ in sides[0].contestant.fields)
@@ -84,8 +85,8 @@ def _over_sweep(name: str, experiment: Experiment, pool: Pool) -> Drawn:
         for side in sides:
             at = _field(side.contestant, "step_size") if free else number(side.contestant.eps)
             lines.setdefault(side.contestant.name, []).append((at, side))
-        measures = ["clean", "pgd-20", "cw-inf", *(a for a in experiment.attacks if "@" in a)]
-        told = f"{experiment.place}: {experiment.summary}; {pool.world.dataset}, eps {pool.world.eps}, {epochs} epochs"
+        measures = ["clean", "pgd-20", "cw-inf", *(a for a in experiment.under(pool.world) if "@" in a)]
+        told = f"{experiment.place}: {experiment.summary}; {pool.world.title}, eps {pool.world.eps}, {epochs} epochs"
         figure, axes = _panels(len(measures), told, wide=0.75)
         for axis, measure in zip(axes, measures, strict=True):
             for (label, line), style in zip(lines.items(), styles(), strict=False):
@@ -99,14 +100,14 @@ def _over_sweep(name: str, experiment: Experiment, pool: Pool) -> Drawn:
 
 def _over_cost(name: str, experiment: Experiment, pool: Pool) -> Drawn:
     """Natural accuracy and that under AutoAttack against backward passes; a point for each number of epochs."""
-    sides = [one for epochs in pool.world.budgets for one in _recorded(experiment, pool, epochs, experiment.attacks)]
+    sides = [one for epochs in pool.world.budgets for one in _recorded(experiment, pool, epochs)]
     lines: dict[str, Line] = {}
     for side in sides:
         if passes := side.passes():
             lines.setdefault(side.contestant.name, []).append((fmean(passes), side))
     if not lines:
         return
-    figure, axes = _panels(2, f"{experiment.summary}; {pool.world.dataset}, eps {pool.world.eps}")
+    figure, axes = _panels(2, f"{experiment.summary}; {pool.world.title}, eps {pool.world.eps}")
     for axis, measure in zip(axes, ("clean", "autoattack"), strict=True):
         for (label, line), style in zip(lines.items(), styles(), strict=False):
             _banded(axis, sorted(line, key=lambda point: point[0]), measure, label=label, **style)

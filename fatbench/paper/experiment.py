@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from fatbench.paper.contestants import DIGITS, Contestant, World
-from fatbench.paper.verdicts import Test
+from fatbench.paper.contestants import Contestant, World
+from fatbench.paper.verdicts import At, Test
 
 GRADIENT = ("fgsm", "pgd-20", "pgd-100", "cw-inf")
 WHOLE = (*GRADIENT, "autoattack")
@@ -29,7 +29,7 @@ class Experiment:
         place: In the paper.
         summary: One line.
         whom: Everybody it trains at laptop scale.
-        attacks: What they are examined under, at the world's eps.
+        attacks: What they are examined under, at the world's eps unless their names say `@{second}`.
         tests: Its claims.
         budgets: The epochs at which its claims are judged.
         recipes: What it is at the paper's scale: names on the shelf, or how they begin.
@@ -45,14 +45,35 @@ class Experiment:
     recipes: tuple[str, ...] = ()
     note: str = field(default="", repr=False)
 
+    def under(self, world: World) -> tuple[str, ...]:
+        """The attacks by their names."""
+        return tuple(map(world.said, self.attacks))
 
-def at(defense: str, eps: str = DIGITS.eps, **fields: Any) -> Callable[[int], Contestant]:
-    """A contestant at whatever budget."""
+
+def here(world: World) -> str:
+    """The eps of the attacks."""
+    return world.eps
+
+
+def second(world: World) -> str:
+    """The larger one, 16/255 in the paper."""
+    return world.second
+
+
+def most(world: World) -> str:
+    """The largest eps_train of a sweep."""
+    return world.most
+
+
+def at(defense: str, eps: str | Callable[[World], str] = here, **fields: Any) -> At:
+    """A contestant in whatever world, at whatever budget; its eps as published, or as the world has it."""
     return partial(_contestant, defense, eps, tuple(fields.items()))
 
 
-def _contestant(defense: str, eps: str, fields: tuple[tuple[str, Any], ...], epochs: int) -> Contestant:
-    return Contestant(defense, eps, epochs, fields)
+def _contestant(
+    defense: str, eps: str | Callable[[World], str], fields: tuple[tuple[str, Any], ...], world: World, epochs: int
+) -> Contestant:
+    return Contestant(defense, eps if isinstance(eps, str) else eps(world), epochs, fields)
 
 
 def at_eps(*defenses: str, budgets: Callable[[World], Sequence[int]]) -> Whom:
@@ -65,10 +86,6 @@ def longest(world: World) -> tuple[int, ...]:
 
 def every(world: World) -> tuple[int, ...]:
     return world.budgets
-
-
-def ends(world: World) -> tuple[int, ...]:
-    return world.ends
 
 
 def shorter(world: World) -> tuple[int, ...]:

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from fatbench.paper import verdicts as tests
 from fatbench.paper.claims import Claim
-from fatbench.paper.contestants import DIGITS, Contestant, World
-from fatbench.paper.experiment import FRIENDS, GRADIENT, STEPS, Experiment, Whom, at, ends, shorter, shortest
-from fatbench.paper.verdicts import MARGIN, PLATEAU, Test
+from fatbench.paper.contestants import Contestant, World
+from fatbench.paper.experiment import (
+    FRIENDS,
+    GRADIENT,
+    STEPS,
+    Experiment,
+    Whom,
+    at,
+    here,
+    most,
+    shorter,
+    shortest,
+)
+from fatbench.paper.verdicts import MARGIN, PLATEAU, At, Test
 
-TAUS = tuple(range(11))
+SECOND = "pgd-20@{second}"
 
 
-def _by_tau(*taus: int, defense: str = "fat") -> Whom:
-    return lambda world: [
-        Contestant(defense, world.eps, epochs, (("tau", tau),)) for epochs in world.ends for tau in taus
-    ]
+def _by_tau(world: World, taus: Sequence[int], defense: str = "fat") -> list[Contestant]:
+    return [at(defense, tau=tau)(world, epochs) for epochs in world.budgets[:2] for tau in taus]
 
 
-def _along_tau(epochs: int) -> list[tuple[float, Contestant]]:
-    return [(tau, at("fat", tau=tau)(epochs)) for tau in TAUS]
+def _along_tau(world: World, epochs: int) -> list[tuple[float, Contestant]]:
+    return [(tau, at("fat", tau=tau)(world, epochs)) for tau in world.taus]
+
+
+def _over_epochs(world: World) -> list[Contestant]:
+    return [one for defense in ("fat", "fat-trades") for one in _by_tau(world, (0, 1, 2, 3, STEPS), defense)]
 
 
 def _figure_5(defense: str) -> tuple[Test, ...]:
@@ -57,8 +69,8 @@ def _figure_5(defense: str) -> tuple[Test, ...]:
 CURVES = {
     "fig4": Experiment(
         "Figure 4",
-        "natural and robust accuracy over tau 0 to 10",
-        _by_tau(*TAUS),
+        "natural and robust accuracy over tau",
+        lambda world: _by_tau(world, world.taus),
         GRADIENT,
         (
             tests.falls(
@@ -87,83 +99,72 @@ CURVES = {
                 "pgd-20",
             ),
         ),
-        ends,
+        shorter,
         ("fig-4-",),
     ),
     "fig5": Experiment(
         "Figure 5",
         "backward passes an example over the epochs, FAT and FAT for TRADES",
-        lambda world: _by_tau(0, 1, 2, 3, STEPS)(world) + _by_tau(0, 1, 2, 3, STEPS, defense="fat-trades")(world),
+        _over_epochs,
         GRADIENT,
         (*_figure_5("fat"), *_figure_5("fat-trades")),
-        ends,
+        shorter,
         ("fig-5-",),
     ),
 }
 
 
-def _swept(base: str, steps: int) -> list[Callable[[str, int], Contestant]]:
-    """Figure 6's contestants: the base, and its friend at tau 0, 1 and 3; alpha is eps_train / 10.
-
-    More steps take longer, and what lies between tau 0 and 3 is told at K = 10.
-    """
-    own = {"step_size": "eps/10"} | ({"steps": steps} if steps != STEPS else {})
-    lines: list[dict[str, Any]] = [{}, *({"tau": tau} for tau in ((0, 1, 3) if steps == STEPS else (0, 3)))]
-    return [
-        partial(
-            lambda defense, fields, eps, epochs: at(defense, eps, **fields)(epochs),
-            FRIENDS[base] if more else base,
-            {**more, **own},
-        )
-        for more in lines
-    ]
+def _swept(base: str, steps: int, tau: int | None, eps: str | Callable[[World], str]) -> At:
+    """One of Figure 6's contestants: the base, or its friend at a tau; alpha is eps_train / 10."""
+    own: dict[str, Any] = {"step_size": "eps/10"} | ({"steps": steps} if steps != STEPS else {})
+    return at(base, eps, **own) if tau is None else at(FRIENDS[base], eps, tau=tau, **own)
 
 
 def _sweep(base: str, steps: int, budgets: Callable[[World], Sequence[int]]) -> Whom:
-    return lambda world: [
-        line(eps, epochs) for epochs in budgets(world) for eps in world.sweep for line in _swept(base, steps)
-    ]
+    """Everybody at every eps_train. More steps take longer: there the least and the most tau of the lines must do."""
+
+    def whom(world: World) -> list[Contestant]:
+        taus = world.lines if steps == STEPS else (world.lines[0], world.lines[-1])
+        return [
+            _swept(base, steps, tau, eps)(world, epochs)
+            for epochs in budgets(world)
+            for eps in world.sweep
+            for tau in (None, *taus)
+        ]
+
+    return whom
 
 
 def _figure_6(place: str, base: str, steps: int = STEPS) -> tuple[Test, ...]:
     friend, key = FRIENDS[base], place.lower().replace("figure ", "fig")
-    plain, zero, *_, three = _swept(base, steps)
-    most, second = DIGITS.sweep[-1], f"pgd-20@{DIGITS.second}"
+    plain, zero = (_swept(base, steps, tau, most) for tau in (None, 0))
+    plain_here, three_here = (_swept(base, steps, tau, here) for tau in (None, 3))
 
-    def everywhere(epochs: int) -> list[Contestant]:
-        return [line(eps, epochs) for eps in DIGITS.sweep for line in (plain, zero)]
+    def everywhere(world: World, epochs: int) -> list[Contestant]:
+        return [_swept(base, steps, tau, eps)(world, epochs) for eps in world.sweep for tau in (None, 0)]
 
+    largest = f"at the largest eps_train {friend}, tau 0,"
+    equal = f"trained at the eps of the attacks {friend}, tau 3,"
     return (
         tests.collapses(
             Claim(f"{key}-collapse", place, f"at the largest eps_train {base} collapses and {friend}, tau 0, does not"),
-            partial(plain, most),
-            partial(zero, most),
+            plain,
+            zero,
             everywhere,
         ),
         tests.versus(
-            Claim(
-                f"{key}-natural",
-                place,
-                f"at the largest eps_train {friend}, tau 0, has more natural accuracy than {base}",
-            ),
-            partial(zero, most),
-            partial(plain, most),
-            "clean",
+            Claim(f"{key}-natural", place, f"{largest} has more natural accuracy than {base}"), zero, plain, "clean"
         ),
         tests.versus(
-            Claim(
-                f"{key}-natural-here",
-                place,
-                f"trained at the eps of the attacks {friend}, tau 3, has more natural accuracy than {base}",
-            ),
-            partial(three, DIGITS.eps),
-            partial(plain, DIGITS.eps),
+            Claim(f"{key}-natural-here", place, f"{equal} has more natural accuracy than {base}"),
+            three_here,
+            plain_here,
             "clean",
         ),
         tests.versus(
             Claim(f"{key}-robust-here", place, f"and is not below it by more than {MARGIN:g} under pgd-20"),
-            partial(three, DIGITS.eps),
-            partial(plain, DIGITS.eps),
+            three_here,
+            plain_here,
             "pgd-20",
             MARGIN,
         ),
@@ -171,32 +172,40 @@ def _figure_6(place: str, base: str, steps: int = STEPS) -> tuple[Test, ...]:
             Claim(
                 f"{key}-second",
                 place,
-                f"at the largest eps_train {friend}, tau 0, is more robust than {base} under "
-                "pgd-20 at the second, larger eps",
+                f"{largest} is more robust than {base} under pgd-20 at the second, larger eps",
             ),
-            partial(zero, most),
-            partial(plain, most),
-            second,
+            zero,
+            plain,
+            SECOND,
         ),
     )
 
 
 def _swept_figure(place: str, base: str, shelf: tuple[str, ...], steps: int = STEPS, **more: Any) -> Experiment:
     budgets = more.pop("budgets", shortest)
-    attacks = (*GRADIENT, f"pgd-20@{DIGITS.second}")
     told = f"{FRIENDS[base]} against {base} over eps_train" + (f", K = {steps}" if steps != STEPS else "")
     return Experiment(
-        place, told, _sweep(base, steps, budgets), attacks, _figure_6(place, base, steps), budgets, shelf, **more
+        place,
+        told,
+        _sweep(base, steps, budgets),
+        (*GRADIENT, SECOND),
+        _figure_6(place, base, steps),
+        budgets,
+        shelf,
+        **more,
     )
 
 
-def _free(base: str, tau: int | None) -> Callable[[str, int], Contestant]:
+def _free(tau: int | None, size: str) -> At:
     """A contestant of Figures 9 and 10: no ball, from the clean image, with a step size of its own."""
-    own: dict[str, Any] = {"start": "natural", "project": False} | ({} if tau is None else {"tau": tau})
-    return lambda size, epochs: at(base if tau is None else FRIENDS[base], step_size=size, **own)(epochs)
+    own: dict[str, Any] = {"step_size": size, "start": "natural", "project": False}
+    return at("madry", **own) if tau is None else at("fat", **own, tau=tau)
 
 
-_FREE = [_free("madry", tau) for tau in (None, 0, 1, 3)]
+def _farthest(tau: int | None) -> At:
+    """The same at the largest step size."""
+    return lambda world, epochs: _free(tau, world.free[-1])(world, epochs)
+
 
 FIGURES = {
     "fig6": _swept_figure("Figure 6", "madry", ("fig-6-", "fig-13-"), budgets=shorter),
@@ -206,7 +215,7 @@ FIGURES = {
     "fig10": Experiment(
         "Figure 10",
         "search without the eps-ball, over the step size",
-        lambda world: [one(size, world.short) for size in world.free for one in _FREE],
+        lambda world: [_free(tau, size)(world, world.short) for size in world.free for tau in (None, 0, 1, 3)],
         GRADIENT,
         (
             tests.versus(
@@ -215,14 +224,14 @@ FIGURES = {
                     "Figure 10",
                     "without the ball fat, tau 0, keeps more natural accuracy than madry at the largest step",
                 ),
-                partial(_FREE[1], DIGITS.free[-1]),
-                partial(_FREE[0], DIGITS.free[-1]),
+                _farthest(0),
+                _farthest(None),
                 "clean",
             ),
             tests.versus(
                 Claim("fig10-robust", "Figure 10", "and is more robust under pgd-20"),
-                partial(_FREE[1], DIGITS.free[-1]),
-                partial(_FREE[0], DIGITS.free[-1]),
+                _farthest(0),
+                _farthest(None),
                 "pgd-20",
             ),
         ),

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -14,34 +16,42 @@ from fatbench.faces import escaped
 from fatbench.files import write_atomic, write_text
 from fatbench.paper import drawn, reproduce
 from fatbench.paper.claims import Finding
-from fatbench.paper.contestants import World
+from fatbench.paper.contestants import DIGITS
 from fatbench.paper.experiments import EXPERIMENTS, SAME
 from fatbench.paper.pictures import PICTURES
 from fatbench.paper.pool import Pool
 
 
-def publish(said: Sequence[str], pool: Pool, folders: Sequence[Path], out: Path) -> list[Finding]:
-    """Writes OUT.md and OUT/plots from what is recorded; the same records give the same text.
+class Section(NamedTuple):
+    """What is found in one world."""
+
+    pool: Pool
+    found: list[Finding]
+    plots: list[Path]
+
+
+def publish(said: Sequence[str], pools: Sequence[Pool], folders: Sequence[Path], out: Path) -> list[Finding]:
+    """Writes OUT.md and OUT/plots from what is recorded, a section a world; the same records give the same text.
 
     Raises:
         Refused: no claim can be judged by what is recorded.
     """
-    found = list(reproduce.findings(said, pool, folders))
-    if not found:
+    found = [(pool, list(reproduce.findings(said, pool, folders))) for pool in pools]
+    sections = [Section(pool, own, _plotted(said, pool, folders, out / "plots")) for pool, own in found if own]
+    if not sections:
         raise Refused(f"nothing is recorded of {', '.join(said)}: leave --tell out, or say --records FOLDER")
-    plots = _plotted(said, pool, folders, out / "plots")
-    write_text(out.with_name(f"{out.name}.md"), text(found, plots, pool.world, out.name))
-    return found
+    write_text(out.with_name(f"{out.name}.md"), text(sections, out.name))
+    return [finding for section in sections for finding in section.found]
 
 
 def _plotted(said: Sequence[str], pool: Pool, folders: Sequence[Path], out: Path) -> list[Path]:
-    written = []
-    for name in said:
+    written, first = [], "" if pool.world is DIGITS else f"{pool.world.dataset}-"
+    for name in filter(pool.world.has, said):
         figures = list(drawn.figures(name, EXPERIMENTS[name], pool)) if name in EXPERIMENTS else []
         if name in PICTURES and (seen := reproduce.evidence(name, folders)):
             figures.append((name, PICTURES[name].drawn(seen)))
         for own, figure in figures:
-            path = out / f"{own}.png"
+            path = out / f"{first}{own}.png"
             write_atomic(path, partial(figure.savefig, format="png", dpi=110, metadata={"Software": None}))
             written.append(path)
     return written
@@ -68,23 +78,52 @@ def told(found: Sequence[Finding]) -> str:
     return f"{len(found)} findings: {hold} hold, {fail} do not hold, {undecided} are undecided"
 
 
-def text(found: Sequence[Finding], plots: Sequence[Path], world: World, folder: str) -> str:
+def text(sections: Sequence[Section], folder: str) -> str:
     """The whole page."""
+    parts = ["# The paper's claims, run again", INTRODUCTION]
+    for section in sections:
+        parts += _section(section, folder)
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(section: Section, folder: str) -> list[str]:
+    """One world's: what it is, its claims, what its training cost, its plots, and what they do not say."""
+    world, found = section.pool.world, section.found
     beyond = [finding for finding in found if not finding.claim.place.startswith(("Table", "Figure", "Theorem"))]
     paper = [finding for finding in found if finding not in beyond]
-    parts = [
-        "# The paper's claims, run again",
-        INTRODUCTION.format(dataset=world.dataset, eps=world.eps, budgets=", ".join(map(str, world.budgets)))
-        + f"\n\n{told(found)}.",
-        _shared(),
-    ]
+    about, limits = WORDS[world.dataset]
+    budgets = ", ".join(map(str, world.budgets))
+    parts = [f"## On {world.title}", about.format(eps=world.eps, budgets=budgets), f"{told(found)}."]
+    if world.tells is None:
+        parts.append(_shared())
     for heading, own in (("What the paper claims", paper), ("Beyond the paper", beyond)):
         if own:
-            parts += [f"## {heading}", f"{told(own)}.", table(own)]
-    if plots:
-        parts += ["## Plots", PLOTS, *(f"![{path.stem}]({folder}/plots/{path.name})" for path in plots)]
-    parts += ["## What may not be concluded", LIMITS]
-    return "\n\n".join(parts) + "\n"
+            parts += [f"### {heading}, on {world.title}", f"{told(own)}.", table(own)]
+    if costs := _costs(section.pool):
+        parts += [f"### What training cost on {world.title}", COSTS, costs]
+    if section.plots:
+        parts += [f"### Plots of {world.title}", PLOTS]
+        parts += [f"![{path.stem}]({folder}/plots/{path.name})" for path in section.plots]
+    return [*parts, f"### What may not be concluded from {world.title}", limits]
+
+
+def _costs(pool: Pool) -> str:
+    """Backward passes and time of the tables' contestants at the longest budget, as Markdown; empty of none."""
+    whom = [one for name in ("table1", "table2", "table4", "friendly") for one in EXPERIMENTS[name].whom(pool.world)]
+    rows = []
+    for side in filter(None, (pool.of(one, []) for one in dict.fromkeys(whom))):
+        trained = [run.training for run in side.runs if run.training]
+        if not trained or not side.passes():
+            continue
+        own = "" if side.contestant.eps == pool.world.eps else f", eps {side.contestant.eps}"
+        rows.append(
+            {
+                "contestant": side.contestant.name + own, "seeds": len(trained), "epochs": side.contestant.epochs,
+                "backward passes an example and epoch": f"{median(side.passes()) / side.contestant.epochs:.2f}",
+                "training, minutes": f"{median(one.seconds for one in trained) / 60:.1f}",
+            }
+        )  # fmt: skip
+    return str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)) if rows else ""
 
 
 def _shared() -> str:
@@ -101,9 +140,8 @@ def _shared() -> str:
 
 INTRODUCTION = """\
 This page is written by `fatbench reproduce` from recorded runs, and by nothing else. Each row is one claim of
-"Attacks Which Do Not Kill Training Make Adversarial Learning Stronger" (ICML 2020), or one that it suggests, tested on
-{dataset} at eps {eps} with networks that train in seconds. A claim is judged at several budgets of training
-({budgets} epochs), because what holds early need not hold late.
+"Attacks Which Do Not Kill Training Make Adversarial Learning Stronger" (ICML 2020), or one that it suggests, tested at
+a scale that runs on two CPU cores.
 
 How a verdict comes about: a difference is the mean over training seeds of one contestant's accuracy minus the other's,
 on the same test images, with a 95 % t interval whose variance is that between seeds plus that of the images. A claim
@@ -113,8 +151,32 @@ twenty, one may come out wrong by chance. A claim whose runs are not recorded ye
 
 PLOTS = "Medians over seeds; bands go from the least to the greatest. The data behind each are the committed records."
 
-LIMITS = """\
+COSTS = """\
+Medians over seeds. The passes are crafting's and the update's own; the minutes are those of the machine that trained,
+at times with another run beside."""
+
+# What each world is, and what it does not say.
+WORDS = {
+    "digits": (
+        """\
+scikit-learn's 8x8 digits, eps {eps}, with networks that train in seconds. A claim is judged at several budgets of
+training ({budgets} epochs), because what holds early need not hold late.""",
+        """\
 These are 8x8 grey digits, or points in the plane, and networks of some ten thousand weights; eps 0.3 of a digit is not
 8/255 of a photograph. A claim that holds here is evidence for the mechanism that the paper describes; one that does not
 hold is news about small data, not a refutation of the paper's tables, whose figures stand beside for comparison. The
-same commands with `--scale paper` train the paper's recipes on CIFAR-10 and SVHN; that has not been run here."""
+same commands with `--scale paper` train the paper's recipes on CIFAR-10 and SVHN; that has not been run here.""",
+    ),
+    "cifar10-reduced": (
+        """\
+Real photographs and a small everything else: the first 10,000 training and the first 1,000 test images of CIFAR-10,
+eps {eps}, FAT's Small CNN at a quarter of its width (`narrow-cnn`), {budgets} epochs where the paper trains 60 to 120,
+bfloat16 while training and float32 while examining.""",
+        """\
+The networks have a hundredth of the paper's weights, a fifth of its images and a tenth of its epochs: they underfit,
+and are far below the paper's and RobustBench's figures in everything. What may be concluded: which way a friendly
+defense moves natural and robust accuracy and training cost when everything else is equal, early in training, on
+photographs. What may not: what either reaches at full scale, whether their order there is the same, or anything of
+robust overfitting, which needs the long training that is missing here. This setting's rows have a board of their own.""",
+    ),
+}

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from multiprocessing import get_context
+from os import cpu_count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from fatbench import recipe, sweep
+from torch import set_num_threads
+
+from fatbench import data, recipe, sweep
+from fatbench.catalogue import described
 from fatbench.console import stderr, waiting
 from fatbench.errors import Refused, unknown
 from fatbench.files import canonical, read_json, write_text
 from fatbench.job import Examine
 from fatbench.paper.claims import Finding
-from fatbench.paper.contestants import World, world
+from fatbench.paper.contestants import World
 from fatbench.paper.experiments import EXPERIMENTS, SAME
 from fatbench.paper.pictures import PICTURES
 from fatbench.paper.pool import Pool
@@ -39,16 +45,22 @@ def _number(name: str) -> int:
     return int(digits) if digits else 0
 
 
-def asked(said: Sequence[str]) -> list[str]:
-    """The experiments that names mean; `all` is every one.
+def asked(said: Sequence[str], here: World | None = None) -> list[str]:
+    """The experiments that names mean; `all` is every one, or every one that is set up in a world.
 
     Raises:
-        Refused: an unknown name.
+        Refused: an unknown name, or one that is not set up there.
     """
     for name in said:
         if name not in (*names(), "all"):
             raise unknown("experiment", name, names(), listed_by="fatbench list experiments")
-    return names() if "all" in said else list(dict.fromkeys(said))
+        if here and name != "all" and not here.has(name):
+            raise Refused(
+                f"{name} is not set up on {here.title}, but {', '.join(here.tells or ())} are: leave --dataset out, or "
+                "use --scale paper"
+            )
+    known = [name for name in names() if here is None or here.has(name)]
+    return known if "all" in said else list(dict.fromkeys(said))
 
 
 def summary(name: str) -> str:
@@ -74,7 +86,7 @@ def missing(said: Sequence[str], pool: Pool, seeds: int) -> Points:
         own = EXPERIMENTS.get(SAME.get(name, name))
         for whom in own.whom(pool.world) if own else ():
             for seed in range(seeds):
-                wanted.setdefault((whom, seed), {}).update(dict.fromkeys(own.attacks if own else ()))
+                wanted.setdefault((whom, seed), {}).update(dict.fromkeys(own.under(pool.world) if own else ()))
     found: Points = {}
     for (whom, seed), attacks in wanted.items():
         if left := pool.missing(whom, seed, list(attacks)):
@@ -100,10 +112,26 @@ def carry_out(points: Points, here: World, out: Path, workers: int, devices: Seq
         sweep.work_through(folders, workers, devices)
 
 
-def measure(said: Sequence[str], dataset: str, scale: Scale, seeds: int | None, out: Path) -> None:
+def lay(here: World, dataset: str) -> None:
+    """Lays a user's file by as the world's data, under its name."""
+    if described(dataset).shape is None:
+        data.keep(here.dataset, dataset)
+
+
+class _Task(NamedTuple):
+    """One seed of a picture."""
+
+    name: str
+    seed: int
+    dataset: str
+    scale: Scale
+    path: Path
+
+
+def measure(said: Sequence[str], dataset: str, scale: Scale, seeds: int | None, out: Path, workers: int = 1) -> None:
     """The experiments that are pictures: a file of evidence for each seed, left alone where it is there."""
     todo = [
-        (name, seed, path)
+        _Task(name, seed, dataset, scale, path)
         for name in said
         if name in PICTURES
         for seed in range(seeds or PICTURES[name].seeds)
@@ -111,10 +139,19 @@ def measure(said: Sequence[str], dataset: str, scale: Scale, seeds: int | None, 
     ]
     if not todo:
         return
-    with waiting("measuring", len(todo)) as bar:
-        for name, seed, path in todo:
-            write_text(path, canonical(PICTURES[name].measured(dataset, seed, scale)) + "\n")
-            bar.advance(f"{name}, seed {seed}")
+    with waiting("measuring", len(todo)) as bar, ExitStack() as held:
+        found: Iterable[_Task] = map(_measured, todo)
+        if workers > 1:
+            spawned = get_context("spawn").Pool(workers, set_num_threads, (max(1, (cpu_count() or 1) // workers),))
+            found = held.enter_context(spawned).imap_unordered(_measured, todo)
+        for task in found:
+            bar.advance(f"{task.name}, seed {task.seed}")
+
+
+def _measured(task: _Task) -> _Task:
+    found = PICTURES[task.name].measured(task.dataset, task.seed, task.scale)
+    write_text(task.path, canonical(found) + "\n")
+    return task
 
 
 def evidence(name: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -131,7 +168,7 @@ def evidence(name: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 def findings(said: Sequence[str], pool: Pool, folders: Sequence[Path]) -> Iterator[Finding]:
     """What is found of every claim of these experiments, at every budget that is recorded."""
-    for name in said:
+    for name in filter(pool.world.has, said):
         if name in PICTURES:
             seen = evidence(name, folders)
             yield from PICTURES[name].found(seen) if seen else ()
@@ -141,13 +178,13 @@ def findings(said: Sequence[str], pool: Pool, folders: Sequence[Path]) -> Iterat
         own = EXPERIMENTS[SAME.get(name, name)]
         for epochs in own.budgets(pool.world):
             for test in own.tests:
-                if finding := test.finding(pool, epochs, f"fatbench reproduce {name}"):
+                if finding := test.finding(pool, epochs, f"fatbench reproduce {name}{pool.world.how}"):
                     yield finding
 
 
-def pooled(dataset: str, folders: Sequence[Path]) -> Pool:
-    """The records of some folders, for a data set's world."""
-    return Pool([folder for folder in folders if folder.is_dir()], world(dataset))
+def pooled(here: World, folders: Sequence[Path]) -> Pool:
+    """The records of some folders, as far as they are of a world."""
+    return Pool([folder for folder in folders if folder.is_dir()], here)
 
 
 # ------------------------------------------------------------------------------------------------ at the paper's scale

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fatbench.paper import verdicts as tests
 from fatbench.paper.claims import Claim
-from fatbench.paper.contestants import DIGITS, Contestant, World
-from fatbench.paper.experiment import FRIENDS, WHOLE, Experiment, Whom, at, at_eps, every, longest
+from fatbench.paper.contestants import Contestant, World
+from fatbench.paper.experiment import FRIENDS, WHOLE, Experiment, Whom, at, at_eps, every, longest, second
 from fatbench.paper.verdicts import MARGIN, Test
 
 
@@ -27,7 +27,7 @@ def _table(place: str, base: str, paper: dict[str, str]) -> tuple[Test, ...]:
 def _larger(place: str, base: str, paper: dict[str, str]) -> tuple[Test, ...]:
     """The friendly defense trained at a larger budget, 16/255 in the paper, attacked at the same one as its base."""
     friend, key = FRIENDS[base], place.lower().replace(" ", "")
-    who, told = at(friend, DIGITS.second), f"{friend} trained at eps {DIGITS.second}"
+    who, told = at(friend, second), f"{friend} trained at eps {{second}}"
     robust = Claim(f"{key}-larger-pgd-20", place, f"{told} is above {base} under pgd-20", paper["pgd-20"])
     natural = Claim(
         f"{key}-larger-natural",
@@ -55,8 +55,8 @@ def _and_larger(*defenses: str, friend: str, light: bool = False) -> Whom:
     """Everybody at the eps of the attacks, and the friendly one at the larger budget; with `light`, beta 1 too."""
 
     def whom(world: World) -> list[Contestant]:
-        more = [at(friend, world.second)] + [at(one, beta=1.0) for one in ("trades", friend) if light]
-        return at_eps(*defenses, budgets=longest)(world) + [one(world.budgets[-1]) for one in more]
+        more = [at(friend, second)] + [at(one, beta=1.0) for one in ("trades", friend) if light]
+        return at_eps(*defenses, budgets=longest)(world) + [one(world, world.budgets[-1]) for one in more]
 
     return whom
 

@@ -26,14 +26,14 @@ from fatbench.paper.claims import (
     trend,
     within,
 )
-from fatbench.paper.contestants import Contestant
+from fatbench.paper.contestants import Contestant, World
 from fatbench.paper.pool import Pool, Seeds, same_examples
 from fatbench.stats import over_seeds
 
 # What "not below" and "no more than" may be off by, in percentage points.
 MARGIN = 1.0
 PLATEAU = 2.0
-At = Callable[[int], Contestant]  # a contestant at a budget
+At = Callable[[World, int], Contestant]  # a contestant in a world, at a budget
 
 
 class Test(NamedTuple):
@@ -49,21 +49,23 @@ class Test(NamedTuple):
             return None
         verdict, said, seen = judged
         seeds = min(len(side.runs) for side in seen)
-        return Finding(self.claim, verdict, said, seen[0].n, seeds, f"{epochs} epochs", command)
+        claim = self.claim._replace(text=pool.world.said(self.claim.text))
+        return Finding(claim, verdict, said, seen[0].n, seeds, f"{epochs} epochs", command)
 
 
 def versus(claim: Claim, first: At, second: At, measure: str, margin: float | None = None) -> Test:
     """The first is above the second under a measure; with a margin, not below it by more than that."""
 
     def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
-        sides = _all(pool, [first(epochs), second(epochs)], [measure])
+        attack = pool.world.said(measure)
+        sides = _all(pool, [first(pool.world, epochs), second(pool.world, epochs)], [attack])
         if sides is None:
             return None
         same_examples(*sides)
-        difference = contrast(sides[0].outcomes(measure), sides[1].outcomes(measure))
+        difference = contrast(sides[0].outcomes(attack), sides[1].outcomes(attack))
         verdict = sided(*difference[1:]) if margin is None else not_below(*difference[1:], margin)
-        told = ", ".join(f"{side.contestant.name} {_mean(side, measure)}" for side in sides)
-        return verdict, f"{title(measure)}: {told}; difference {difference.told()}", sides
+        told = ", ".join(f"{side.contestant.name} {_mean(side, attack)}" for side in sides)
+        return verdict, f"{title(attack)}: {told}; difference {difference.told()}", sides
 
     return Test(claim, judge)
 
@@ -72,7 +74,7 @@ def alike(claim: Claim, first: At, second: At, measure: str, margin: float = PLA
     """The two differ by no more than a margin."""
 
     def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
-        sides = _all(pool, [first(epochs), second(epochs)], [measure])
+        sides = _all(pool, [first(pool.world, epochs), second(pool.world, epochs)], [measure])
         if sides is None:
             return None
         difference = contrast(sides[0].outcomes(measure), sides[1].outcomes(measure))
@@ -82,11 +84,11 @@ def alike(claim: Claim, first: At, second: At, measure: str, margin: float = PLA
     return Test(claim, judge)
 
 
-def falls(claim: Claim, line: Callable[[int], list[tuple[float, Contestant]]], measure: str, what: str) -> Test:
+def falls(claim: Claim, line: Callable[[World, int], list[tuple[float, Contestant]]], measure: str, what: str) -> Test:
     """A measure falls along a line of contestants, by its slope."""
 
     def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
-        points = line(epochs)
+        points = line(pool.world, epochs)
         sides = _all(pool, [contestant for _, contestant in points], [measure])
         if sides is None:
             return None
@@ -99,7 +101,7 @@ def falls(claim: Claim, line: Callable[[int], list[tuple[float, Contestant]]], m
     return Test(claim, judge)
 
 
-def collapses(claim: Claim, falling: At, standing: At, best: Callable[[int], list[Contestant]]) -> Test:
+def collapses(claim: Claim, falling: At, standing: At, best: Callable[[World, int], list[Contestant]]) -> Test:
     """At the same large budget of training one defense collapses and the other does not.
 
     A run has collapsed where it gives one answer to all, or keeps less than half of the natural accuracy that its
@@ -108,12 +110,12 @@ def collapses(claim: Claim, falling: At, standing: At, best: Callable[[int], lis
     """
 
     def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
-        sides = _all(pool, [falling(epochs), standing(epochs)], ["clean"])
+        sides = _all(pool, [falling(pool.world, epochs), standing(pool.world, epochs)], ["clean"])
         if sides is None:
             return None
         gone = []
         for side in sides:
-            others = [pool.of(one, []) for one in best(epochs) if one.defense == side.contestant.defense]
+            others = [pool.of(one, []) for one in best(pool.world, epochs) if one.defense == side.contestant.defense]
             top = max(fmean(one.accuracies("clean")) for one in [side, *others] if one)
             gone.append(sum(r.collapsed or 2 * 100 * r.right["clean"].mean() < top for r in side.runs))
         first, other = (count / len(side.runs) for count, side in zip(gone, sides, strict=True))
@@ -135,7 +137,7 @@ def grows(claim: Claim, whose: At) -> Test:
     """Attack steps an example, and so backward passes, grow over the epochs: the slope of each run, over seeds."""
 
     def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
-        side = _trained(pool, whose(epochs))
+        side = _trained(pool, whose(pool.world, epochs))
         if side is None:
             return None
         curves = side.curves("steps_per_example")
@@ -151,7 +153,7 @@ def cheaper(claim: Claim, whose: At, steps: int) -> Test:
     """Fewer backward passes an example than the whole attack takes, over the training."""
 
     def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
-        side = _trained(pool, whose(epochs))
+        side = _trained(pool, whose(pool.world, epochs))
         if side is None:
             return None
         saved = Interval(*mean_interval([steps - fmean(curve) for curve in side.curves("steps_per_example")]))
@@ -169,7 +171,7 @@ def surges(claim: Claim, whose: At, shares: Sequence[float]) -> Test:
     """
 
     def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
-        side = _trained(pool, whose(epochs))
+        side = _trained(pool, whose(pool.world, epochs))
         if side is None:
             return None
         near = max(1, epochs // 20)
@@ -192,7 +194,7 @@ def _rise(curve: Sequence[float], at: int, near: int) -> float:
     return fmean(curve[at : at + near]) - fmean(curve[at - near : at])
 
 
-def at_equal_cost(claim: Claim, frugal: At, lavish: Callable[[], list[Contestant]], measure: str) -> Test:
+def at_equal_cost(claim: Claim, frugal: At, lavish: Callable[[World], list[Contestant]], measure: str) -> Test:
     """After as many backward passes the one is not below the other.
 
     The other is known at several numbers of epochs. Between the two of them whose passes lie around the first one's, an
@@ -200,7 +202,7 @@ def at_equal_cost(claim: Claim, frugal: At, lavish: Callable[[], list[Contestant
     """
 
     def judge(pool: Pool, epochs: int) -> tuple[Verdict, str, Sequence[Seeds]] | None:
-        sides = _all(pool, [frugal(epochs), *lavish()], [measure])
+        sides = _all(pool, [frugal(pool.world, epochs), *lavish(pool.world)], [measure])
         if sides is None or not all(side.passes() for side in sides):
             return None
         first, *others = sides
