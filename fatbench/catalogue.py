@@ -104,7 +104,7 @@ def shape_of(name: str) -> tuple[int, int, int] | None:
 NETWORKS: dict[str, str] = {
     "digits-cnn": "four convolutions of width 16, any image size, 7.9 k parameters on digits",
     "small-cnn": "FAT's Small CNN, 1.6 M parameters",
-    "narrow-cnn": "FAT's Small CNN with convolutions of 16-16-32-32-64-64, 0.3 M parameters, for two CPU cores",
+    "narrow-cnn": "FAT's Small CNN with convolutions of 16-16-32-32-64-64, 337.5 k parameters",
     "resnet-18": "ResNet-18 for 32x32 images, 11.2 M parameters",
     "wrn-32-10": "FAT's Wide_ResNet_Madry, 46.2 M parameters, the network of wrn-34-10",
     "wrn-34-10": "TRADES's WRN-34-10, 48.3 M parameters, 2.1 M of them unused",

@@ -280,7 +280,8 @@ def test_a_folder_named_npz_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "closest"), [("cifar", "cifar10 or cifar100"), ("digit", "digits"), ("MNIST_", "mnist or fashion-mnist")]
+    ("name", "closest"),
+    [("cifar", "cifar10 or cifar100 or cifar10-reduced"), ("digit", "digits"), ("MNIST_", "mnist or fashion-mnist")],
 )
 def test_an_unknown_name_is_refused_with_the_closest(name: str, closest: str) -> None:
     said = refusal(name)
@@ -574,3 +575,60 @@ def test_augmentation_is_keyed_by_example_not_by_batch() -> None:
 def test_no_augmentation_is_the_batch_itself() -> None:
     x = torch.rand(4, 1, 8, 8)
     assert data.augmented(x, np.arange(4), "none", 0) is x
+
+
+# ------------------------------------------------------------------------------------------------ beginnings
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """cifar10-reduced is the first 20 + 10 here; downloads would lie in the folder."""
+    monkeypatch.setitem(DATASETS, "cifar10-reduced", replace(DATASETS["cifar10-reduced"], examples=20, tests=10))
+    monkeypatch.setenv("FATBENCH_DATA", str(tmp_path / "shelf"))
+    return tmp_path
+
+
+def file_of(path: Path, n: tuple[int, int] = (40, 30), shape: tuple[int, ...] = (32, 32, 3), seed: int = 0) -> str:
+    rng = np.random.default_rng(seed)
+    x, y = ([rng.integers(0, 256, (k, *shape), dtype=np.uint8) for k in n], [np.arange(k) % 10 for k in n])
+    np.savez(path, x_train=x[0], y_train=y[0], x_test=x[1], y_test=y[1])
+    return str(path)
+
+
+def test_the_beginning_of_a_users_file_is_kept_under_its_name(small: Path) -> None:
+    source = file_of(small / "mine.npz")
+    whole, kept = data.load(source), data.keep("cifar10-reduced", source)
+    assert (kept.info.name, len(kept.y_train), len(kept.y_test)) == ("cifar10-reduced", 20, 10)
+    assert torch.equal(kept.x_train, whole.x_train[:20])
+    assert torch.equal(kept.y_test, whole.y_test[:10])
+    again = data.keep("cifar10-reduced", source)
+    assert data.load("cifar10-reduced").fingerprint("train") == kept.fingerprint("train") == again.fingerprint("train")
+    with pytest.raises(
+        Refused, match=r"was laid by from another file than .*other\.npz: remove it, or set FATBENCH_DATA"
+    ):
+        data.keep("cifar10-reduced", file_of(small / "other.npz", seed=1))
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        ({"shape": (28, 28)}, r"images of \(1, 28, 28\) and 10 classes, not those of cifar10"),
+        ({"n": (19, 30)}, "has fewer images than the 20 \\+ 10 of cifar10-reduced"),
+        ({"n": (40, 9)}, "has fewer images than"),
+    ],
+)
+def test_a_file_that_is_not_the_other_dataset_is_not_kept(small: Path, made: dict[str, Any], told: str) -> None:
+    with pytest.raises(Refused, match=told):
+        data.keep("cifar10-reduced", file_of(small / "mine.npz", **made))
+    assert not (small / "shelf").exists()
+
+
+def test_without_a_kept_file_it_is_the_beginning_of_what_torchvision_brings(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DATASETS, "cifar10-reduced", replace(DATASETS["cifar10-reduced"], examples=3, tests=2))
+    fake = Fake((32, 32, 3), np.asarray, "targets")
+    stand_in(monkeypatch, DATASETS["cifar10"], fake)
+    made = data.load("cifar10-reduced")
+    assert (made.y_train.tolist(), made.y_test.tolist()) == ([3, 9, 0], [3, 9])
+    assert torch.equal(made.x_test, torch.tensor(fake.pixels(2)[:2]).permute(0, 3, 1, 2).float() / 255)

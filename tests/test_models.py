@@ -28,6 +28,7 @@ OFFICIAL = {
 # Parameters in all, those that forward uses, and convolutions, linear layers and BatchNorms.
 SIZES = {
     "small-cnn": (1_639_282, 1_639_282, (6, 2, 6)),
+    "narrow-cnn": (337_498, 337_498, (6, 2, 6)),
     "resnet-18": (11_173_962, 11_173_962, (20, 1, 20)),
     "wrn-32-10": (46_160_474, 46_160_474, (34, 1, 31)),
     "wrn-34-10": (48_262_586, 46_160_474, (45, 1, 41)),

@@ -17,7 +17,7 @@ from fatbench import recipe, record
 from fatbench.errors import Refused, Unknown
 from fatbench.paper import drawn, report, reproduce, verdicts
 from fatbench.paper.claims import Claim, Interval, contrast, mean_interval, not_below, sided, trend, within
-from fatbench.paper.contestants import DIGITS, Contestant, world
+from fatbench.paper.contestants import DIGITS, REDUCED, WORLDS, Contestant, World, world
 from fatbench.paper.experiment import at
 from fatbench.paper.experiments import EXPERIMENTS, SAME
 from fatbench.paper.pool import Pool
@@ -36,24 +36,24 @@ def put(tmp_path: Path) -> Put:
 
     def write(
         whom: Contestant, seed: int, right: dict[str, int], *, clean: int = 190, selection: str = "last",
-        status: str = "done", eps: str = DIGITS.eps, steps: Sequence[float] = (), version: int | None = None,
-        folder: str = "records", offset: int = 0,
+        status: str = "done", eps: str = "", steps: Sequence[float] = (), version: int | None = None,
+        folder: str = "records", offset: int = 0, on: World = DIGITS,
     ) -> None:  # fmt: skip
-        k, index = next(made), np.arange(N)
+        k, index, eps = next(made), np.arange(N), eps or on.eps
         y, place = index % 10, (index + offset) % N
         table = pd.DataFrame({"index": index, "label": y, "clean_pred": np.where(place < clean, y, (y + 1) % 10)})
         for attack, holds in right.items():
             table[f"{attack}.pred"] = np.where(place < holds, y, (y + 1) % 10)
             table[f"{attack}.broken"] = place >= holds
         correct = record.count(table, list(right))
-        settings = whom.settings(DIGITS, seed).model_dump(mode="json")
+        settings = whom.settings(on, seed).model_dump(mode="json")
         network = {
             "fingerprint": f"weights {k}", "arch": "digits-cnn", "defense": whom.defense, "fields": settings["fields"],
             "seed": seed, "settings": settings, "eps_train": whom.eps, "selection": selection, "epoch": whom.epochs,
             "epochs": whom.epochs, "status": status,
         }  # fmt: skip
         samples = {
-            "name": "digits", "fingerprint": "f", "shape": (1, 8, 8), "classes": 10, "n": N, "of": N, "rule": "all",
+            "name": on.dataset, "fingerprint": "f", "shape": (1, 8, 8), "classes": 10, "n": N, "of": N, "rule": "all",
         }  # fmt: skip
         result = {
             "network": network, "data": samples, "norm": "linf", "eps": eps, "eps_value": number(eps), "seed": 0,
@@ -350,7 +350,7 @@ def test_the_tables_have_the_papers_rows_at_the_larger_budget_and_of_beta_1(put:
 
 def test_every_claim_is_of_contestants_that_its_budgets_train(put: Put, pool: Callable[[], Pool]) -> None:
     everybody = {one for own in EXPERIMENTS.values() for one in own.whom(DIGITS)}
-    attacks = dict.fromkeys({attack for own in EXPERIMENTS.values() for attack in own.attacks}, 100)
+    attacks = dict.fromkeys({attack for own in EXPERIMENTS.values() for attack in own.under(DIGITS)}, 100)
     for one in everybody:
         put(one, 0, attacks, steps=[4.0] * one.epochs)
     said = pool()
@@ -371,11 +371,42 @@ def test_each_experiment_of_the_paper_has_its_recipes() -> None:
     assert len({name for own in runs.values() for name in own}) == sum(len(own) for own in runs.values())
 
 
+def test_a_world_is_what_a_name_or_a_file_means(tmp_path: Path) -> None:
+    (tmp_path / "digits.npz").touch()
+    said = {name: world(name) for name in ("digits", "cifar10", "CIFAR10-reduced", str(tmp_path / "digits.npz"))}
+    assert list(said.values()) == [DIGITS, REDUCED, REDUCED, REDUCED]
+
+
+def test_what_is_set_up_on_reduced_cifar10_can_be_trained_and_is_told_in_its_budgets() -> None:
+    said = reproduce.asked(["all"], REDUCED)
+    assert {"table1", "table2", "table4", "fig4", "fig5", "fig6"} < set(said)
+    own = [EXPERIMENTS[name] for name in said]
+    settings = [one.settings(REDUCED, 0) for experiment in own for one in experiment.whom(REDUCED)]
+    assert {(s.dataset, s.arch, s.precision) for s in settings} == {("cifar10-reduced", "narrow-cnn", "bf16-mixed")}
+    assert {
+        "standard",
+        "madry",
+        "cat",
+        "dat",
+        "trades",
+        "mart",
+        "fat",
+        "fat-cat",
+        "fat-dat",
+        "fat-trades",
+        "fat-mart",
+    } == {s.defense for s in settings}
+    assert {s.eps for s in settings} == set(REDUCED.sweep)
+    assert EXPERIMENTS["fig6"].under(REDUCED)[-1] == "pgd-20@16/255"
+
+
 def test_names_scales_and_data_that_do_not_exist_are_refused() -> None:
     with pytest.raises(Unknown, match="did you mean table1"):
         reproduce.asked(["tabel1"])
-    with pytest.raises(Refused, match="set up for digits, not mnist"):
+    with pytest.raises(Refused, match=r"set up for digits and CIFAR-10 .*, not mnist"):
         world("mnist")
+    with pytest.raises(Refused, match=r"fig10 is not set up on CIFAR-10, reduced, but table1, .* are"):
+        reproduce.asked(["table1", "fig10"], REDUCED)
     with pytest.raises(Refused, match="cost is not in the paper, and has no recipe"):
         reproduce.shelved(["cost"])
     assert reproduce.asked(["fig6", "fig6"]) == ["fig6"]
@@ -398,7 +429,7 @@ def test_networks_examined_on_other_examples_are_refused(put: Put, pool: Callabl
 
 
 def test_the_same_records_give_the_same_page_and_plots(put: Put, tmp_path: Path) -> None:
-    for epochs in (15, 60):
+    for epochs in (15, 30):
         for tau in range(11):
             for seed in range(2):
                 right = dict.fromkeys(EXPERIMENTS["fig4"].attacks, 100 + 3 * tau)
@@ -411,11 +442,35 @@ def test_the_same_records_give_the_same_page_and_plots(put: Put, tmp_path: Path)
             {path.relative_to(out.parent): path.read_bytes() for path in out.parent.rglob("*.*") if path.is_file()}
         )
     assert written[0] == written[1]
-    assert {path.name for path in written[0]} == {"page.md", "fig4.png", "fig5-15.png", "fig5-60.png"}
+    assert {path.name for path in written[0]} == {"page.md", "fig4.png", "fig5-15.png", "fig5-30.png"}
     page = written[0][Path("page.md")].decode()
     assert "| natural accuracy falls as tau grows" in page
     assert "**holds**" in page
     assert "![fig4](page/plots/fig4.png)" in page
+
+
+def test_each_world_has_its_section_and_its_plots(put: Put, tmp_path: Path) -> None:
+    right = dict.fromkeys(EXPERIMENTS["table1"].attacks, 100)
+    for on in WORLDS:
+        for seed in range(2):
+            for defense in ("madry", "fat"):
+                put(at(defense)(on, on.budgets[-1]), seed, right, steps=[4.0] * on.budgets[-1], on=on)
+            for tau in on.taus:
+                put(at("fat", tau=tau)(on, on.short), seed, right, clean=190 - tau, steps=[1.0] * on.short, on=on)
+    pools = [reproduce.pooled(on, [tmp_path]) for on in WORLDS]
+    found = report.publish(reproduce.names(), pools, [tmp_path], tmp_path / "page")
+    page = (tmp_path / "page.md").read_text()
+    digits, reduced = page.split("## On CIFAR-10, reduced")
+    assert "## On digits" in digits
+    assert "`fatbench reproduce table1`" in digits
+    assert "`fatbench reproduce table1 --dataset cifar10.npz`" in reduced
+    assert "| madry        | 2       | 8        | 5.00" in reduced
+    assert "Beside full scale" not in digits
+    (trades,) = [line for line in reduced.splitlines() if line.startswith("| madry ") and "Engstrom" in line]
+    assert [cell.strip() for cell in trades.split("|")[2:7]] == ["95.0", "50.0", "50.0", "87.30", "45.80"]
+    assert len(found) == digits.count("| **") + reduced.count("| **")
+    plots = {path.name for path in (tmp_path / "page" / "plots").iterdir()}
+    assert plots == {"cost.png", "fig4.png", "fig5-15.png", "cifar10-reduced-fig4.png", "cifar10-reduced-fig5-8.png"}
 
 
 def test_the_published_page_is_what_its_records_say(root: Path, tmp_path: Path) -> None:
@@ -440,6 +495,14 @@ def test_what_was_measured_for_a_picture_is_not_measured_again(tmp_path: Path, m
     reproduce.measure(["fig1"], "digits", "laptop", 3, tmp_path)
     assert asked == [0, 1, 2]
     assert [one["seed"] for one in reproduce.evidence("fig1", [tmp_path])] == [0, 1, 2]
+
+
+def test_pictures_are_measured_by_several_processes_as_by_one(tmp_path: Path) -> None:
+    for workers in (1, 2):
+        reproduce.measure(["fig1"], "digits", "laptop", 2, tmp_path / str(workers), workers)
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n / "evidence").iterdir()} for n in ("1", "2"))
+    assert one == two
+    assert len(one) == 2
 
 
 def test_a_small_experiment_runs_from_nothing_and_goes_on(

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from fatbench.catalogue import described
 from fatbench.errors import Refused
 from fatbench.faces import escaped
 from fatbench.files import write_atomic, write_text
-from fatbench.paper import drawn, reproduce
+from fatbench.paper import drawn, fullscale, reproduce
 from fatbench.paper.claims import Finding
 from fatbench.paper.contestants import DIGITS
 from fatbench.paper.experiments import EXPERIMENTS, SAME
@@ -101,6 +102,9 @@ def _section(section: Section, folder: str) -> list[str]:
             parts += [f"### {heading}, on {world.title}", f"{told(own)}.", table(own)]
     if costs := _costs(section.pool):
         parts += [f"### What training cost on {world.title}", COSTS, costs]
+    full = described(world.dataset).of
+    if full and (beside := pd.DataFrame(fullscale.rows(section.pool, full))).size:
+        parts += ["### Beside full scale", FULL, str(beside.to_markdown(index=False, disable_numparse=True))]
     if section.plots:
         parts += [f"### Plots of {world.title}", PLOTS]
         parts += [f"![{path.stem}]({folder}/plots/{path.name})" for path in section.plots]
@@ -155,6 +159,10 @@ COSTS = """\
 Medians over seeds. The passes are crafting's and the update's own; the minutes are those of the machine that trained,
 at times with another run beside."""
 
+FULL = """\
+Medians over seeds, percent, beside the FAT paper's own Tables 1, 2 and 4 and RobustBench's board (both: all 10,000 test
+images, networks a hundred times as large, the whole training set). Nothing is ranked across the two."""
+
 # What each world is, and what it does not say.
 WORDS = {
     "digits": (
@@ -177,6 +185,7 @@ The networks have a hundredth of the paper's weights, a fifth of its images and 
 and are far below the paper's and RobustBench's figures in everything. What may be concluded: which way a friendly
 defense moves natural and robust accuracy and training cost when everything else is equal, early in training, on
 photographs. What may not: what either reaches at full scale, whether their order there is the same, or anything of
-robust overfitting, which needs the long training that is missing here. This setting's rows have a board of their own.""",
+robust overfitting, which needs the long training that is missing here. The rows of this setting have a board of their
+own.""",
     ),
 }
