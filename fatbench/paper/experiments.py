@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from fatbench.paper.beyond import BEYOND
+from fatbench.paper.contestants import Contestant, World
 from fatbench.paper.experiment import Experiment
 from fatbench.paper.figures import CURVES, FIGURES
 from fatbench.paper.tables import TABLES
@@ -19,3 +22,13 @@ SAME = {
     "fig17": "fig18",
     "fig19": "fig20",
 }
+
+
+def tabled(world: World) -> Iterator[tuple[str, Contestant]]:
+    """(experiment, contestant) of everybody whom the tables train, FAT-CAT and FAT-DAT too, each once."""
+    seen = set()
+    for name in ("table1", "table2", "table4", "friendly"):
+        for whom in EXPERIMENTS[name].whom(world):
+            if whom not in seen:
+                seen.add(whom)
+                yield name, whom

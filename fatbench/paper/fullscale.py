@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from statistics import median
 
 from fatbench import reported, robustbench
 from fatbench.faces import title
-from fatbench.paper.contestants import World
-from fatbench.paper.experiments import EXPERIMENTS
+from fatbench.paper.contestants import Contestant
+from fatbench.paper.experiments import tabled
 from fatbench.paper.pool import Pool
-from fatbench.reported import Printed, Row
 
-# The tables whose contestants are told of, each with the FAT paper's own; "friendly" has none there.
-TABLES = {
-    "table1": "fat-2020-table-1",
-    "table2": "fat-2020-table-2",
-    "table4": "fat-2020-table-4",
-    "friendly": "",
-}
+# The FAT paper's own tables, as they are kept here.
+TABLES = {"table1": "fat-2020-table-1", "table2": "fat-2020-table-2", "table4": "fat-2020-table-4"}
 # RobustBench's model of each, and what it has more or other than the contestant.
 LISTED = {
     "madry": ("Engstrom2019Robustness", ""),
@@ -36,27 +30,23 @@ def rows(pool: Pool, full: str) -> Iterator[dict[str, str]]:
         full: The dataset at full scale, `cifar10`.
     """
     listed = {one.id: one for one in robustbench.published() if (one.dataset, one.norm) == (full, "linf")}
-    seen = set()
-    for name, table in TABLES.items():
-        printed = reported.read(reported.shelf()[table]) if table else None
-        for whom in EXPERIMENTS[name].whom(pool.world):
-            if whom in seen or whom.fields or whom.eps != pool.world.eps:
-                continue
-            seen.add(whom)
-            side = pool.of(whom, MEASURES[1:])
-            if side is None:
-                continue
-            here = {f"{title(m)} here": f"{median(side.accuracies(m)):.1f}" for m in MEASURES}
-            paper = _printed(printed, whom.defense, pool.world)
-            theirs = {f"{title(m)}, the paper": paper.accuracy.get(m, "–") if paper else "–" for m in MEASURES[:2]}
-            named = _listed(listed, whom.defense)
-            yield {"defense": whom.defense, **here, **theirs, "RobustBench: natural, AutoAttack": named}
+    for experiment, whom in tabled(pool.world):
+        side = pool.of(whom, MEASURES[1:])
+        if side is None or whom.fields or whom.eps != pool.world.eps:
+            continue
+        here = {f"{title(m)} here": f"{median(side.accuracies(m)):.1f}" for m in MEASURES}
+        paper = _printed(experiment, whom)
+        theirs = {f"{title(m)}, the paper": paper.get(m, "–") for m in MEASURES[:2]}
+        named = _listed(listed, whom.defense)
+        yield {"defense": whom.defense, **here, **theirs, "RobustBench: natural, AutoAttack": named}
 
 
-def _printed(table: Printed | None, defense: str, world: World) -> Row | None:
-    """The row of a defense at the eps of the attacks, with the beta that papers take for the main one."""
-    of_it = [row for row in (table.rows if table else ()) if row.defense == defense and row.beta in (None, 6)]
-    return next((row for row in of_it if row.eps_train in (None, world.eps)), None)
+def _printed(experiment: str, whom: Contestant) -> Mapping[str, str]:
+    """What the paper's table prints of a defense at this eps, with the beta that is the papers' main one."""
+    for row in reported.read(reported.shelf()[TABLES[experiment]]).rows if experiment in TABLES else ():
+        if row.defense == whom.defense and row.beta in (None, 6) and row.eps_train in (None, whom.eps):
+            return row.accuracy
+    return {}
 
 
 def _listed(known: dict[str, robustbench.Listed], defense: str) -> str:

@@ -18,7 +18,7 @@ from fatbench.files import write_atomic, write_text
 from fatbench.paper import drawn, fullscale, reproduce
 from fatbench.paper.claims import Finding
 from fatbench.paper.contestants import DIGITS
-from fatbench.paper.experiments import EXPERIMENTS, SAME
+from fatbench.paper.experiments import EXPERIMENTS, SAME, tabled
 from fatbench.paper.pictures import PICTURES
 from fatbench.paper.pool import Pool
 
@@ -113,9 +113,8 @@ def _section(section: Section, folder: str) -> list[str]:
 
 def _costs(pool: Pool) -> str:
     """Backward passes and time of the tables' contestants at the longest budget, as Markdown; empty of none."""
-    whom = [one for name in ("table1", "table2", "table4", "friendly") for one in EXPERIMENTS[name].whom(pool.world)]
     rows = []
-    for side in filter(None, (pool.of(one, []) for one in dict.fromkeys(whom))):
+    for side in filter(None, (pool.of(one, []) for _, one in tabled(pool.world))):
         trained = [run.training for run in side.runs if run.training]
         if not trained or not side.passes():
             continue
