@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fatbench import data
 from fatbench.catalogue import described
@@ -31,6 +32,8 @@ STEPS = 2  # of the attack, in the longer of the two timed updates
 REPEATS = 20  # at most, within SECONDS; the fastest counts: others may be at work on this machine
 SECONDS = 1.0  # for an update, on a CPU, and to repeat within
 CPU_EXAMPLES = 512
+# What a data centre's GPU may sustain on convolutions in bfloat16 or TF32, a fifth to a third of its data sheet.
+PAPER_PACE, PACE_TOLD = 100e12, "100 TFLOP/s"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Estimate:
         updates: Of the weights, an epoch.
         steps: (low, high) attack steps an example; equal where everybody takes all.
         seconds: (low, high) an epoch, validated.
+        flop: (low, high) floating-point operations of the run, two a multiply-add of its convolutions and products.
         memory: part -> bytes, all held at once in an update of a whole batch; a library's workspace comes on top.
         timed: What was timed, and how it was scaled.
     """
@@ -55,8 +59,15 @@ class Estimate:
     epochs: int
     steps: tuple[int, int]
     seconds: tuple[float, float]
+    flop: tuple[float, float]
     memory: dict[str, int]
     timed: str
+
+    @property
+    def on_paper(self) -> tuple[float, float]:
+        """(low, high) hours of the run at PAPER_PACE."""
+        low, high = (flop / PAPER_PACE / 3600 for flop in self.flop)
+        return low, high
 
     def __str__(self) -> str:
         used = "all of them" if self.used == self.parameters else f"{self.used:,} of them"
@@ -72,6 +83,7 @@ class Estimate:
                 f"examples    {self.examples:,} to train on, {self.held:,} to validate on",
                 f"updates     {self.updates:,} an epoch, {self.updates * self.epochs:,} in {self.epochs} epochs",
                 f"time        {total} in all, {_between(self.seconds)} an epoch: {taken}",
+                f"arithmetic  {_between_hours(self.on_paper)} in all on a GPU at {PACE_TOLD}: on paper, not measured",
                 f"memory      {_bytes(sum(self.memory.values()))}: {parts}; workspace comes on top",
                 f"how known   {self.timed}",
             )
@@ -94,6 +106,8 @@ def estimate(settings: Settings, *, device: str = "auto") -> Estimate:
     step = max(attacked[0] - bare[0], 0.0) / more if more else 0.0
     validation = 11 * step * held  # PGD-10 and two forwards, each about half a step
     low, high = (examples * (bare[0] / n + k * step) + validation for k in (fewest, most))
+    work = _counted(run, min(2, batch))
+    flop = (settings.epochs * (examples * (work[0] + k * work[1]) + 11 * held * work[1]) for k in (fewest, most))
     parameters = list(run.net.parameters())
     return Estimate(
         parameters=sum(p.numel() for p in parameters),
@@ -104,6 +118,7 @@ def estimate(settings: Settings, *, device: str = "auto") -> Estimate:
         epochs=settings.epochs,
         steps=(fewest, most),
         seconds=(low, high),
+        flop=(next(flop), next(flop)),
         memory=_memory(run, activations),
         timed=(
             f"updates of {n} examples on {_named(run.device)} took {bare[0]:.3g} s without an attack and "
@@ -169,6 +184,16 @@ def _fastest(run: Run, n: int, k: int) -> tuple[float, float]:
     while len(tries) < REPEATS and sum(seconds for seconds, _ in tries) < SECONDS:
         tries.append(_update(run, n, k))
     return min(tries)
+
+
+def _counted(run: Run, n: int) -> tuple[float, float]:
+    """Floating-point operations an example: of an update without an attack, and of one step of it more."""
+    found = []
+    for k in (0, STEPS):
+        with FlopCounterMode(display=False) as counter:
+            _, steps = _update(run, n, k)
+        found.append(counter.get_total_flops() / n)
+    return found[0], (found[1] - found[0]) / steps if steps else 0.0
 
 
 def _settle(device: torch.device) -> None:
@@ -247,6 +272,10 @@ def _memory(run: Run, activations: int) -> dict[str, int]:
 def _between(seconds: Any) -> str:
     low, high = (_span(s) for s in seconds)
     return low if low == high else f"{low} to {high}"
+
+
+def _between_hours(hours: tuple[float, float]) -> str:
+    return _between([3600 * each for each in hours])
 
 
 def _span(seconds: float) -> str:

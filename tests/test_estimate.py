@@ -14,7 +14,7 @@ from fatbench import data, estimate, models
 from fatbench.data import take
 from fatbench.devices import fabric_on
 from fatbench.errors import Refused
-from fatbench.estimate import _pinned, _rehearsed, _Saved, _saving, _stand_in, _steps_an_example, _update
+from fatbench.estimate import _counted, _pinned, _rehearsed, _Saved, _saving, _stand_in, _steps_an_example, _update
 from fatbench.recipe import contestant, resolve
 from fatbench.registry import defenses
 from fatbench.team import Team
@@ -86,6 +86,7 @@ def test_a_pinned_defense_keeps_its_fields() -> None:
 
 def test_time_is_scaled_by_examples_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "_update", lambda run, n, k: (0.5 * n + 0.25 * k * n, float(k)))
+    monkeypatch.setattr(estimate, "_counted", lambda run, n: (1.0, 1.0))
     found = estimate.estimate(resolve("fat", epochs=2), device="cpu")
     examples, held, step = 1293, 144, 0.25
     validation = 11 * held * step  # PGD-10 and two forwards
@@ -93,6 +94,19 @@ def test_time_is_scaled_by_examples_and_steps(monkeypatch: pytest.MonkeyPatch) -
     assert f"{2 * found.seconds[0] / 60:.3g} min to {2 * found.seconds[1] / 3600:.3g} hours in all" in str(found)
     plain = estimate.estimate(resolve("madry", epochs=2), device="cpu")
     assert plain.seconds == (found.seconds[1], found.seconds[1])
+
+
+def test_arithmetic_is_that_of_the_convolutions_and_products() -> None:
+    forward = 2 * (64 * 9 * (1 * 16 + 16 * 16) + 16 * 9 * 2 * 16 * 16 + 64 * 10)  # digits-cnn, an image
+    first = 2 * 64 * 9 * 16  # whose input's gradient an update does not need
+    update, step = _counted(begun("madry"), 2)
+    assert update == 3 * forward - first
+    assert step == pytest.approx(2 * forward, rel=0.15)  # the first layer's gradient by blocks multiplies zeros too
+    assert estimate.estimate(resolve("standard", epochs=1), device="cpu").flop == (1293 * update + 11 * 144 * step,) * 2
+    found = estimate.estimate(resolve("fat", epochs=2), device="cpu")
+    work = 1293 * update + 11 * 144 * step
+    assert found.flop == pytest.approx((2 * work, 2 * (work + 1293 * 10 * step)))
+    assert found.on_paper[1] == found.flop[1] / 100e12 / 3600
 
 
 def test_a_storage_is_counted_once_and_until_its_graph_is_gone() -> None:

@@ -220,17 +220,24 @@ def at_paper_scale(said: Sequence[str], dataset: str | None, seeds: int) -> dict
 
 
 def costs(runs: Mapping[str, Mapping[str, Settings]], device: str) -> Iterator[str]:
-    """A line a recipe: its runs and their hours on this device, from one timed update of one of them."""
-    from fatbench.estimate import estimate
+    """A line a recipe: its runs, their hours on this device from one timed update of one of them, and on paper."""
+    from fatbench.estimate import PACE_TOLD, estimate
 
-    least = most = 0.0
+    here, paper = [0.0, 0.0], [0.0, 0.0]
     for name, own in runs.items():
         stderr.print(f"timing {name}")
         seen = estimate(next(iter(own.values())), device=device)
-        low, high = (len(own) * seconds * seen.epochs / 3600 for seconds in seen.seconds)
-        least, most = least + low, most + high
-        yield f"{name}: {len(own)} runs, {low:,.1f} to {high:,.1f} hours"
-    yield f"in all: {least:,.1f} to {most:,.1f} hours on one {device if device != 'auto' else 'device of this machine'}"
+        hours = [len(own) * seconds * seen.epochs / 3600 for seconds in seen.seconds]
+        gpu = [len(own) * each for each in seen.on_paper]
+        here, paper = ([a + b for a, b in zip(*pair, strict=True)] for pair in ((here, hours), (paper, gpu)))
+        yield f"{name}: {len(own)} runs, {_hours(hours)} hours here, {_hours(gpu)} GPU-hours on paper"
+    own_device = device if device != "auto" else "device of this machine"
+    yield f"in all: {_hours(here)} hours on one {own_device}; {_hours(paper)} GPU-hours on paper, at {PACE_TOLD}"
+
+
+def _hours(span: Sequence[float]) -> str:
+    low, high = (f"{each:,.1f}" for each in span)
+    return low if low == high else f"{low} to {high}"
 
 
 def carry_out_recipes(
