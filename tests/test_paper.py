@@ -15,7 +15,7 @@ from scipy import stats
 
 from fatbench import recipe, record
 from fatbench.errors import Refused, Unknown
-from fatbench.paper import drawn, report, reproduce, verdicts
+from fatbench.paper import drawn, names, report, reproduce, verdicts
 from fatbench.paper.claims import Claim, Interval, contrast, mean_interval, not_below, sided, trend, within
 from fatbench.paper.contestants import DIGITS, REDUCED, WORLDS, Contestant, World, world
 from fatbench.paper.experiment import at
@@ -323,8 +323,9 @@ def test_outcomes_between_two_budgets_are_mixed_in_proportion(put: Put, pool: Ca
 
 def test_every_table_and_figure_that_is_asked_for_is_there() -> None:
     wanted = {f"table{k}" for k in range(1, 5)} | {f"fig{k}" for k in (1, 3, 4, 5, 6, 7, 9, 10, 11, 12, *range(13, 21))}
-    assert wanted | {"theorem1", "budget", "cost", "margin", "friendly"} == set(reproduce.names())
-    assert all(reproduce.summary(name) for name in reproduce.names())
+    assert {name: picture.place for name, picture in reproduce.PICTURES.items()} == names.PICTURED
+    assert wanted | {"theorem1", "budget", "cost", "margin", "friendly"} == set(names.names())
+    assert all(names.summary(name) for name in names.names())
 
 
 def test_no_two_claims_share_a_name_and_all_are_about_contestants_that_are_trained() -> None:
@@ -378,7 +379,7 @@ def test_a_world_is_what_a_name_or_a_file_means(tmp_path: Path) -> None:
 
 
 def test_what_is_set_up_on_reduced_cifar10_can_be_trained_and_is_told_in_its_budgets() -> None:
-    said = reproduce.asked(["all"], REDUCED)
+    said = names.asked(["all"], REDUCED)
     assert {"table1", "table2", "table4", "fig4", "fig5", "fig6"} < set(said)
     own = [EXPERIMENTS[name] for name in said]
     settings = [one.settings(REDUCED, 0) for experiment in own for one in experiment.whom(REDUCED)]
@@ -402,15 +403,15 @@ def test_what_is_set_up_on_reduced_cifar10_can_be_trained_and_is_told_in_its_bud
 
 def test_names_scales_and_data_that_do_not_exist_are_refused() -> None:
     with pytest.raises(Unknown, match="did you mean table1"):
-        reproduce.asked(["tabel1"])
+        names.asked(["tabel1"])
     with pytest.raises(Refused, match=r"set up for digits and CIFAR-10 .*, not mnist"):
         world("mnist")
     with pytest.raises(Refused, match=r"fig10 is not set up on CIFAR-10, reduced, but table1, .* are"):
-        reproduce.asked(["table1", "fig10"], REDUCED)
+        names.asked(["table1", "fig10"], REDUCED)
     with pytest.raises(Refused, match="cost is not in the paper, and has no recipe"):
         reproduce.shelved(["cost"])
-    assert reproduce.asked(["fig6", "fig6"]) == ["fig6"]
-    assert reproduce.asked(["all"]) == reproduce.names()
+    assert names.asked(["fig6", "fig6"]) == ["fig6"]
+    assert names.asked(["all"]) == names.names()
 
 
 def test_networks_examined_on_other_examples_are_refused(put: Put, pool: Callable[[], Pool]) -> None:
@@ -458,7 +459,7 @@ def test_each_world_has_its_section_and_its_plots(put: Put, tmp_path: Path) -> N
             for tau in on.taus:
                 put(at("fat", tau=tau)(on, on.short), seed, right, clean=190 - tau, steps=[1.0] * on.short, on=on)
     pools = [reproduce.pooled(on, [tmp_path]) for on in WORLDS]
-    found = report.publish(reproduce.names(), pools, [tmp_path], tmp_path / "page")
+    found = report.publish(names.names(), pools, [tmp_path], tmp_path / "page")
     page = (tmp_path / "page.md").read_text()
     digits, reduced = page.split("## On CIFAR-10, reduced")
     assert "## On digits" in digits
@@ -476,7 +477,7 @@ def test_each_world_has_its_section_and_its_plots(put: Put, tmp_path: Path) -> N
 def test_the_published_page_is_what_its_records_say(root: Path, tmp_path: Path) -> None:
     folders = [root / "docs" / "reproduction", root / "leaderboard" / "records"]
     out = tmp_path / "reproduction"
-    report.publish(reproduce.names(), [reproduce.pooled(DIGITS, folders)], folders, out)
+    report.publish(names.names(), [reproduce.pooled(DIGITS, folders)], folders, out)
     assert (tmp_path / "reproduction.md").read_text() == (root / "docs" / "reproduction.md").read_text()
     published = {path.name for path in (root / "docs" / "reproduction" / "plots").iterdir()}
     assert {path.name for path in (out / "plots").iterdir()} == published

@@ -44,9 +44,9 @@ def _catalogue(kind: Kind) -> dict[str, Callable[[], str]]:
 
         return {name: partial(str, boards) for name, boards in zoo.ids().items()}
     if kind is Kind.experiments:
-        from fatbench.paper import reproduce
+        from fatbench.paper import names
 
-        return {name: partial(reproduce.summary, name) for name in reproduce.names()}
+        return {name: partial(names.summary, name) for name in names.names()}
     known = NETWORKS if kind is Kind.models else {name: info.summary for name, info in DATASETS.items()}
     return {name: partial(str, text) for name, text in known.items()}
 

@@ -101,27 +101,27 @@ def reproduce(
     tell: Annotated[bool, typer.Option("--tell", help="Train nothing: judge what is recorded.")] = False,
 ) -> None:
     """Run the paper's experiments again and judge its claims; writes OUT.md, and goes on where it was stopped."""
-    from fatbench.paper import reproduce as paper
     from fatbench.paper.contestants import WORLDS, world
+    from fatbench.paper.names import asked
 
-    folders = [out, *(records or [])]
+    here = None if tell or scale is Scale.paper else world(dataset or "digits")
+    said, folders = asked(names, here), [out, *(records or [])]
+    from fatbench.paper import reproduce as paper  # torch, for which a misspelt name need not wait
+
     if scale is Scale.paper:
-        _at_paper_scale(paper.asked(names), dataset, seeds or paper.SEEDS, out, workers, device, dry_run)
-        return
-    if tell:
+        _at_paper_scale(said, dataset, seeds or paper.SEEDS, out, workers, device, dry_run)
+    elif here is None:
         worlds = [world(dataset)] if dataset else WORLDS
-        _tell(paper.asked(names), [paper.pooled(one, folders) for one in worlds], folders, out)
-        return
-    here = world(dataset or "digits")
-    said = paper.asked(names, here)
-    todo = paper.missing(said, paper.pooled(here, folders), seeds or paper.SEEDS)
-    if dry_run:
+        _tell(said, [paper.pooled(one, folders) for one in worlds], folders, out)
+    elif dry_run:
+        todo = paper.missing(said, paper.pooled(here, folders), seeds or paper.SEEDS)
         typer.echo("\n".join([f"{len(todo)} runs to train and examine", *todo]))
-        return
-    paper.lay(here, dataset or here.dataset)
-    paper.carry_out(todo, here, out, workers, device.split(","))
-    paper.measure(said, here.dataset, "laptop", seeds, out, workers)
-    _tell(said, [paper.pooled(here, folders)], folders, out)
+    else:
+        paper.lay(here, dataset or here.dataset)
+        todo = paper.missing(said, paper.pooled(here, folders), seeds or paper.SEEDS)
+        paper.carry_out(todo, here, out, workers, device.split(","))
+        paper.measure(said, here.dataset, "laptop", seeds, out, workers)
+        _tell(said, [paper.pooled(here, folders)], folders, out)
 
 
 def _tell(said: list[str], pools: list[Any], folders: list[Path], out: Path) -> None:

@@ -14,12 +14,13 @@ from torch import set_num_threads
 from fatbench import data, recipe, sweep
 from fatbench.catalogue import described
 from fatbench.console import stderr, waiting
-from fatbench.errors import Refused, unknown
+from fatbench.errors import Refused
 from fatbench.files import canonical, read_json, write_text
 from fatbench.job import Examine
 from fatbench.paper.claims import Finding
 from fatbench.paper.contestants import World
 from fatbench.paper.experiments import EXPERIMENTS, SAME
+from fatbench.paper.names import number
 from fatbench.paper.pictures import PICTURES
 from fatbench.paper.pool import Pool
 from fatbench.recipe import Settings
@@ -28,49 +29,6 @@ Scale = Literal["laptop", "paper"]
 SEEDS = 3
 # Its name -> what it trains, what it is examined under, whether that is recorded already.
 Points = dict[str, tuple[Settings, tuple[str, ...]]]
-
-
-def names() -> list[str]:
-    """Everything that can be asked for, in the paper's order, then what is beyond it."""
-    known = [*EXPERIMENTS, *SAME, *PICTURES]
-    return sorted(known, key=lambda name: (_kind(name), _number(name), name))
-
-
-def _kind(name: str) -> int:
-    return next((at for at, kind in enumerate(("table", "fig", "theorem")) if name.startswith(kind)), 3)
-
-
-def _number(name: str) -> int:
-    digits = "".join(c for c in name if c.isdigit())
-    return int(digits) if digits else 0
-
-
-def asked(said: Sequence[str], here: World | None = None) -> list[str]:
-    """The experiments that names mean; `all` is every one, or every one that is set up in a world.
-
-    Raises:
-        Refused: an unknown name, or one that is not set up there.
-    """
-    for name in said:
-        if name not in (*names(), "all"):
-            raise unknown("experiment", name, names(), listed_by="fatbench list experiments")
-        if here and name != "all" and not here.has(name):
-            raise Refused(
-                f"{name} is not set up on {here.title}, but {', '.join(here.tells or ())} are: leave --dataset out, or "
-                "use --scale paper"
-            )
-    known = [name for name in names() if here is None or here.has(name)]
-    return known if "all" in said else list(dict.fromkeys(said))
-
-
-def summary(name: str) -> str:
-    """Its one line."""
-    if name in PICTURES:
-        return f"{PICTURES[name].place}: measured and drawn"
-    own = EXPERIMENTS[SAME.get(name, name)]
-    if name in SAME:
-        return f"Figure {_number(name)}: on a laptop the same as {SAME[name]}"
-    return f"{own.place}: {own.summary}"
 
 
 # ------------------------------------------------------------------------------------------------ at laptop scale
@@ -201,7 +159,7 @@ def shelved(said: Sequence[str]) -> dict[str, list[str]]:
         if name in PICTURES:
             continue
         own = EXPERIMENTS[SAME.get(name, name)]
-        begins = (f"fig-{_number(name)}-",) if name.startswith("fig") and name != "fig5" else own.recipes
+        begins = (f"fig-{number(name)}-",) if name.startswith("fig") and name != "fig5" else own.recipes
         found[name] = [one for one in recipe.shelf() if one.startswith(tuple(begins))] if begins else []
         if not found[name]:
             raise Refused(f"{name} is not in the paper, and has no recipe: run it at --scale laptop")
