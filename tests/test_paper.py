@@ -243,6 +243,23 @@ def test_a_finding_says_its_figures_and_on_what_they_stand(put: Put, pool: Calla
     assert verdicts.alike(CLAIM, FAT, MADRY, "pgd-20").finding(pool(), 15, "x") is None
 
 
+@pytest.mark.parametrize(
+    ("robust", "above", "below"),
+    [(5, "undecided", "undecided"), (60, "holds", "does not hold"), (20, *["undecided"] * 2)],
+)
+def test_what_one_constant_answer_keeps_speaks_for_nobody(
+    robust: int, above: str, below: str, put: Put, pool: Callable[[], Pool]
+) -> None:
+    for seed in range(3):
+        put(FAT(DIGITS, 60), seed, {"pgd-20": robust}, clean=190)
+        put(MADRY(DIGITS, 60), seed, {"pgd-20": 20}, clean=20)  # of 200: it gives one answer to all
+    for first, second, verdict in ((FAT, MADRY, above), (MADRY, FAT, below)):
+        found, said = judged(verdicts.versus(CLAIM, first, second, "pgd-20"), pool())
+        assert found == verdict
+        assert "madry collapsed in every run" in said
+    assert "collapsed" not in judged(verdicts.versus(CLAIM, FAT, MADRY, "clean"), pool())[1]
+
+
 def test_accuracy_that_falls_along_tau_is_a_trend(put: Put, pool: Callable[[], Pool]) -> None:
     line = [(tau, at("fat", tau=tau)(DIGITS, 15)) for tau in range(4)]
     for tau, whom in line:

@@ -65,9 +65,22 @@ def versus(claim: Claim, first: At, second: At, measure: str, margin: float | No
         difference = contrast(sides[0].outcomes(attack), sides[1].outcomes(attack))
         verdict = sided(*difference[1:]) if margin is None else not_below(*difference[1:], margin)
         told = ", ".join(f"{side.contestant.name} {_mean(side, attack)}" for side in sides)
-        return verdict, f"{title(attack)}: {told}; difference {difference.told()}", sides
+        verdict, more = (verdict, "") if attack == "clean" else _without_constants(verdict, sides)
+        return verdict, f"{title(attack)}: {told}; difference {difference.told()}{more}", sides
 
     return Test(claim, judge)
+
+
+def _without_constants(verdict: Verdict, sides: Sequence[Seeds]) -> tuple[Verdict, str]:
+    """A verdict and what must be said with it, where a side gives one answer to all in every run.
+
+    The tenth that such a network keeps under any attack is no robustness: it speaks for nobody, only against.
+    """
+    gone = [all(run.collapsed for run in side.runs) for side in sides]
+    names = " and ".join(side.contestant.name for side, lost in zip(sides, gone, strict=True) if lost)
+    favoured = {"holds": gone[0], "does not hold": gone[1]}.get(verdict, False)
+    more = f"; {names} collapsed in every run, and what one constant answer keeps is no robustness" if names else ""
+    return ("undecided" if favoured else verdict), more
 
 
 def alike(claim: Claim, first: At, second: At, measure: str, margin: float = PLATEAU) -> Test:
