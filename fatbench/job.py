@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
@@ -37,6 +37,9 @@ class Examine(BaseModel):
     n: int | None = Field(default=None, ge=1, description="the first n test examples")
     balanced: bool = Field(default=False, description="n class-balanced test examples instead")
     seed: int = Field(default=0, ge=0, description="of random starts")
+    attack_precision: Literal["float32", "bf16"] = Field(
+        default="float32", description="what attacks are made in; every success is verified in float32"
+    )
 
 
 class Standing(NamedTuple):
@@ -62,6 +65,11 @@ def standing(folder: Path) -> Standing:
     if _held(folder / ".lock"):
         return Standing("running", f"process {note['pid']} on {note['host']}, {far}")
     return Standing("failed", f"killed: process {note['pid']} on {note['host']} is gone, {far}")
+
+
+def examine_in(folder: Path) -> Examine:
+    """What is done with a job's run when it is finished."""
+    return Examine.model_validate(read_json(folder / "examine.json", "list of examinations"))
 
 
 def _held(path: Path) -> bool:
@@ -142,8 +150,7 @@ def train_and_examine(folder: Path, device: str) -> None:
     # A run that has failed stays failed when it is resumed; who launches its job again wants it tried again.
     failed = (run / "done").exists() and read_json(run / "done", "end-of-run mark").get("status") == "failed"
     trainer.train(settings, run, device=device, devices=settings.ranks, resume=not failed, force=failed)
-    examine = Examine.model_validate(read_json(folder / "examine.json", "list of examinations"))
-    for examination in _examinations(examine, run):
+    for examination in _examinations(examine_in(folder), run):
         from fatbench import devices, evaluate
 
         evaluate.evaluate(examination, records, device=devices.fabric_on(device).device)
@@ -160,9 +167,5 @@ def _examinations(examine: Examine, run: Path) -> list[Any]:
     subject = checkpoint.load(run)
     trained = subject.meta["settings"]
     loaded = data.load(trained["dataset"])
-    return [
-        Examination(
-            subject, loaded, said, examine.eps or said.eps or trained["eps"], examine.n, examine.balanced, examine.seed
-        )
-        for said in asked
-    ]
+    how = examine.model_dump(include={"n", "balanced", "seed", "attack_precision"})
+    return [Examination(subject, loaded, said, examine.eps or said.eps or trained["eps"], **how) for said in asked]

@@ -31,7 +31,7 @@ from pydantic import ValidationError
 
 from fatbench import console, job, recipe, runs
 from fatbench.errors import Refused, RunFailed
-from fatbench.files import digest, disk, read_json, write_json, write_text
+from fatbench.files import digest, disk, write_json, write_text
 from fatbench.job import STATES, Examine, standing
 from fatbench.protocol import told
 from fatbench.recipe import Settings
@@ -109,12 +109,11 @@ def prepare(grid: Grid, out: Path) -> list[Path]:
     if out.is_dir() and any(out.iterdir()) and not (out / "jobs").is_dir():
         raise Refused(f"{out} holds something else and no sweep: choose another --out")
     folders = {out / "jobs" / name: settings for name, settings in grid.points.items()}
-    wanted = grid.examine.model_dump(mode="json")
     for folder, settings in folders.items():
         if not (folder / "settings.toml").exists():
             continue
         changed = recipe.difference(runs.settings_in(folder), settings)
-        if not changed and read_json(folder / "examine.json", "list of examinations") != wanted:
+        if not changed and job.examine_in(folder) != grid.examine:
             changed = "other examinations"
         if changed:
             raise Refused(f"{folder} is a job of another grid ({changed}): choose another --out")
@@ -123,7 +122,7 @@ def prepare(grid: Grid, out: Path) -> list[Path]:
             continue
         with disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "examine.json", wanted)
+        write_json(folder / "examine.json", grid.examine.model_dump(mode="json"))
         write_text(folder / "settings.toml", settings.toml())
     return list(folders)
 

@@ -65,7 +65,8 @@ def carry_out(points: Points, here: World, out: Path, workers: int, devices: Seq
     folders = []
     for attacks in dict.fromkeys(attacks for _, attacks in points.values()):
         own = {name: settings for name, (settings, theirs) in points.items() if theirs == attacks}
-        folders += sweep.prepare(sweep.Grid(own, Examine(attacks=attacks, eps=here.eps)), out)
+        examine = Examine(attacks=attacks, eps=here.eps, attack_precision=here.attack_precision)
+        folders += sweep.prepare(sweep.Grid(own, examine), out)
     if folders:
         sweep.work_through(folders, workers, devices)
 
