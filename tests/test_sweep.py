@@ -19,6 +19,7 @@ import pytest
 from fatbench import files, job, recipe, sweep
 from fatbench.errors import Refused, RunFailed
 from fatbench.job import standing
+from fatbench.record import read
 
 pytestmark = pytest.mark.timeout(120)
 GRID = """
@@ -106,6 +107,10 @@ def test_a_folder_is_one_grids(tmp_path: Path) -> None:
     sweep.prepare(sweep.expand(grid(tmp_path)), tmp_path / "out")
     more = sweep.prepare(sweep.expand(grid(tmp_path, GRID.replace("[0, 1, 2]", "[0, 1, 2, 3]"))), tmp_path / "out")
     assert len(more) == 16
+    # As a release wrote it whose examinations could say less.
+    said = files.read_json(more[0] / "examine.json", "list of examinations")
+    files.write_json(more[0] / "examine.json", {key: said[key] for key in said if key != "attack_precision"})
+    sweep.prepare(sweep.expand(grid(tmp_path)), tmp_path / "out")
     with pytest.raises(Refused, match=r"another grid .*epochs: 1 -> 2"):
         sweep.prepare(sweep.expand(grid(tmp_path, GRID.replace("epochs = 1", "epochs = 2"))), tmp_path / "out")
     with pytest.raises(Refused, match="other examinations"):
@@ -222,13 +227,14 @@ def test_a_sweep_from_the_command_line_ends_on_the_board(
     cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     text = GRID.replace("[0, 1, 2]", "[0]").replace('["0.2", "0.3"]', '["0.2"]')
-    path = grid(tmp_path, text + '[evaluate]\nattacks = ["fgsm"]\nn = 50\n')
+    path = grid(tmp_path, text + '[evaluate]\nattacks = ["fgsm"]\nn = 50\nattack_precision = "bf16"\n')
     listed = cli("sweep", path, "--print", "--device", "cpu", cwd=tmp_path)
     assert listed.returncode == 0, listed.stderr
     done = cli("sweep", path, "--workers", 2, "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr + (tmp_path / "sweep/jobs/fat-seed0-eps0.2/log.txt").read_text()
     assert "2 runs: 2 done" in done.stdout
-    assert len(list((tmp_path / "sweep" / "records").glob("*.json"))) == 2
+    made_in = [read(path).result.attack_precision for path in (tmp_path / "sweep" / "records").glob("*.json")]
+    assert made_in == ["bf16", "bf16"]
     assert (tmp_path / "sweep" / "board" / "index.md").exists()
     assert len(listed.stdout.splitlines()) == 2
     told = cli("status", "sweep", cwd=tmp_path)
