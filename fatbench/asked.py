@@ -13,8 +13,7 @@ from fatbench.data import Data
 from fatbench.errors import Refused
 from fatbench.examination import Examination, Tier
 from fatbench.protocol import Protocol
-from fatbench.quantities import published
-from fatbench.swift import Precision
+from fatbench.quantities import Precision, published
 
 ZOO = "robustbench:"
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fatbench.catalogue import DATASETS, Dataset, described
-from fatbench.draws import hashed, shuffled
-from fatbench.errors import Refused, first_line
+from fatbench import sources
+from fatbench.catalogue import Dataset, described
+from fatbench.draws import balanced_order, hashed
+from fatbench.errors import Refused
 from fatbench.files import write_atomic
 
 Augment = Literal["none", "crop", "crop-flip"]
@@ -65,16 +64,6 @@ class Data:
         return np.sort(order[held:]), np.sort(order[:held])
 
 
-def balanced_order(y: np.ndarray, *key: object) -> np.ndarray:
-    """(N,) an order of the examples in which each class comes at even intervals: every beginning is class-balanced."""
-    order = shuffled(len(y), *key)
-    place = np.empty(len(y))
-    for label in np.unique(y):
-        mine = order[y[order] == label]
-        place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
-    return order[np.argsort(place[order], kind="stable")]
-
-
 def load(name: str, folder: Path | None = None) -> Data:
     """A dataset by name, from `path.npz`, or from a folder holding train/ and test/ with a folder of images per class.
 
@@ -87,8 +76,8 @@ def load(name: str, folder: Path | None = None) -> Data:
     """
     info = described(name)
     if info.shape:
-        return _checked(info, *_known(info, folder or data_folder()), classes=info.classes)
-    return _checked(info, *(_images(Path(name)) if Path(name).is_dir() else _npz(Path(name))))
+        return _checked(info, *sources.known(info, folder or data_folder()), classes=info.classes)
+    return _checked(info, *sources.read(Path(name)))
 
 
 def keep(name: str, source: str) -> Data:
@@ -108,134 +97,24 @@ def keep(name: str, source: str) -> Data:
     if min(len(whole.y_train) - info.examples, len(whole.y_test) - info.tests) < 0:
         raise Refused(f"{source} has fewer images than the {info.examples} + {info.tests} of {name}")
     train, test = (np.asarray((x * 255).round(), np.uint8) for x in (whole.x_train, whole.x_test))
-    parts = _first(info, (train, np.asarray(whole.y_train), test, np.asarray(whole.y_test)))
+    parts = sources.first(info, (train, np.asarray(whole.y_train), test, np.asarray(whole.y_test)))
     if not path.exists():
-        write_atomic(path, partial(_save, parts))
-    elif not all(map(np.array_equal, _npz(path), parts)):
+        write_atomic(path, partial(sources.write, parts))
+    elif not all(map(np.array_equal, sources.npz(path), parts)):
         raise Refused(f"{path} was laid by from another file than {source}: remove it, or set FATBENCH_DATA elsewhere")
     return load(name)
-
-
-def _save(parts: Arrays, path: Path) -> None:
-    with path.open("wb") as file:
-        np.savez(file, **dict(zip(ARRAYS, parts, strict=True)))
 
 
 def data_folder() -> Path:
     return Path(os.environ.get("FATBENCH_DATA") or Path.home() / ".cache" / "fatbench" / "data")
 
 
-# ------------------------------------------------------------------------------------------------ sources
-
-Arrays = tuple[Any, Any, Any, Any]  # these, as they come
-ARRAYS = ("x_train", "y_train", "x_test", "y_test")
-
-
-def _known(info: Dataset, folder: Path) -> Arrays:
-    if info.torchvision:
-        return _torchvision(info, folder)
-    if not info.of:
-        return _digits()
-    path = folder / f"{info.name}.npz"
-    return _npz(path) if path.exists() else _first(info, _torchvision(DATASETS[info.of], folder))
-
-
-def _first(info: Dataset, parts: Arrays) -> Arrays:
-    """The beginning that a dataset is of another."""
-    train, test = slice(info.examples), slice(info.tests)
-    return parts[0][train], parts[1][train], parts[2][test], parts[3][test]
-
-
-def _digits() -> Arrays:
-    # scikit-learn's file without scikit-learn, whose import takes longer than many a run's epoch.
-    table = np.loadtxt(_beside("sklearn", "datasets/data/digits.csv.gz"), delimiter=",")
-    images, y = (table[:, :-1].reshape(-1, 8, 8) / 16.0).astype(np.float32), table[:, -1].astype(np.int64)
-    order = balanced_order(y, "digits")  # a fixed split: 360 to test, 1,437 to train on
-    test, train = np.sort(order[:360]), np.sort(order[360:])
-    return images[train], y[train], images[test], y[test]
-
-
-def _beside(package: str, path: str) -> Path:
-    """A file that an installed package carries; the package is not imported."""
-    found = find_spec(package)
-    if found is None or found.origin is None:
-        raise Refused(f"{package} is not installed: pip install -e . installs all that fatbench needs")
-    return Path(found.origin).parent / path
-
-
-def _torchvision(info: Dataset, folder: Path) -> Arrays:
-    from torchvision import datasets
-
-    make: Callable[..., Any] = getattr(datasets, info.torchvision)
-    splits = (
-        ({"split": "train"}, {"split": "test"}) if info.torchvision == "SVHN" else ({"train": True}, {"train": False})
-    )
-    parts: list[Any] = []
-    for split in splits:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            made = make(str(folder), download=True, **split)
-        except (OSError, RuntimeError, ValueError) as error:  # no network is an OSError, a bad download a RuntimeError
-            raise Refused(
-                f"cannot get {info.name}: {first_line(error)}; without a network put {info.files} into {folder} "
-                "(or set FATBENCH_DATA to where it is)"
-            ) from None
-        parts += [np.asarray(made.data), np.asarray(made.labels if hasattr(made, "labels") else made.targets)]
-    return tuple(parts)
-
-
-def _npz(path: Path) -> Arrays:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in ARRAYS if name not in file.files]
-            parts = None if missing else tuple(file[name] for name in ARRAYS)
-    except Exception as error:  # a damaged zip makes numpy raise almost anything
-        raise Refused(f"{path} is not a readable .npz of plain arrays: {first_line(error)}") from None
-    if parts is None:
-        raise Refused(f"{path} lacks {', '.join(missing)}: it must hold {', '.join(ARRAYS)}")
-    return parts
-
-
-def _images(path: Path) -> Arrays:
-    from torchvision.datasets import ImageFolder
-
-    found: list[list[str]] = []
-    parts: list[Any] = []
-    for split in ("train", "test"):
-        try:
-            images = ImageFolder(str(path / split), loader=_opened)
-            arrays = [array for array, _ in images]
-        except (OSError, ValueError, SyntaxError) as error:
-            raise Refused(f"{path / split} is not a folder of images per class: {first_line(error)}") from None
-        shapes = sorted({array.shape for array in arrays})
-        if len(shapes) != 1:
-            raise Refused(
-                f"{path / split} holds images of {len(shapes)} shapes, such as {shapes[0]} and {shapes[1]}: resize them"
-            )
-        found.append(images.classes)
-        parts += [np.stack(arrays), np.asarray(images.targets)]
-    if found[0] != found[1]:
-        raise Refused(f"{path}: train/ has the classes {found[0]}, test/ has {found[1]}: they must be the same")
-    return tuple(parts)
-
-
-def _opened(path: str) -> np.ndarray:
-    """An image as (H, W) where it is grey, as (H, W, 3) where it is not."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-
-
-# ------------------------------------------------------------------------------------------------ checks
-
-
 def _checked(info: Dataset, x_train: Any, y_train: Any, x_test: Any, y_test: Any, classes: int = 0) -> Data:
-    train, test = _pixels(x_train, f"{info.name} x_train"), _pixels(x_test, f"{info.name} x_test")
+    train, test = sources.pixels(x_train, f"{info.name} x_train"), sources.pixels(x_test, f"{info.name} x_test")
     if train.shape[1:] != test.shape[1:]:
         raise Refused(f"{info.name}: training images are {tuple(train.shape[1:])}, test images {tuple(test.shape[1:])}")
     labels = [
-        _labels(y, len(x), classes, f"{info.name} {split}")
+        sources.labels(y, len(x), classes, f"{info.name} {split}")
         for y, x, split in ((y_train, train, "y_train"), (y_test, test, "y_test"))
     ]
     present = torch.unique(labels[0]).tolist()
@@ -248,52 +127,6 @@ def _checked(info: Dataset, x_train: Any, y_train: Any, x_test: Any, y_test: Any
     if known < 2:
         raise Refused(f"{info.name}: one class only; a classifier needs two")
     return Data(info, train, labels[0], test, labels[1], known)
-
-
-def _pixels(array: Any, what: str) -> Tensor:
-    """uint8 or float NHW, NHWC or NCHW -> (N, C, H, W) float32 in [0, 1]."""
-    array = np.asarray(array)
-    if array.ndim not in (3, 4) or array.dtype.kind not in "uf":
-        raise Refused(f"{what} is {array.dtype} {array.shape}: images must be uint8 or float, NHW, NHWC or NCHW")
-    if not array.size:
-        raise Refused(f"{what} is empty")
-    if array.ndim == 3:
-        array = array[:, None]
-    elif array.shape[1] == array.shape[3]:
-        raise Refused(
-            f"{what} is {array.shape}: channels may be its 2nd or its last axis; store it as NHW or with H != C"
-        )
-    elif array.shape[3] < array.shape[1]:
-        array = array.transpose(0, 3, 1, 2)
-    if array.dtype.kind == "u":
-        if array.dtype != np.uint8:
-            raise Refused(f"{what} is {array.dtype}: integer images must be uint8, 0..255")
-        return torch.from_numpy(np.ascontiguousarray(array)).float().div_(255)
-    images = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-    if not torch.isfinite(images).all():
-        raise Refused(f"{what} holds NaN or infinity")
-    low, high = images.aminmax()
-    if low < 0 or high > 1:
-        raise Refused(
-            f"{what} lies in [{low:.4g}, {high:.4g}]: float images must lie in [0, 1]; divide by 255, or store uint8"
-        )
-    return images
-
-
-def _labels(array: Any, n: int, classes: int, what: str) -> Tensor:
-    """Integers (N,), not negative, below `classes` where that is known."""
-    array = np.asarray(array)
-    if array.shape == (n, 1):
-        array = array[:, 0]
-    if array.shape != (n,) or array.dtype.kind not in "iu":
-        raise Refused(f"{what} is {array.dtype} {array.shape}: labels must be integers, one for each of the {n} images")
-    if array.min() < 0 or array.max() >= (classes or 2**31):
-        most = classes - 1 if classes else "classes-1"
-        raise Refused(f"{what} holds labels {array.min()}..{array.max()}: they must lie in 0..{most}")
-    return torch.from_numpy(array.astype(np.int64))
-
-
-# ------------------------------------------------------------------------------------------------ use
 
 
 def take(data: Data, n_train: int | None) -> Data:

@@ -33,6 +33,16 @@ def shuffled(n: int, *key: object) -> np.ndarray:
     return np.argsort(hashed(np.arange(n), "order", *key), kind="stable")
 
 
+def balanced_order(y: np.ndarray, *key: object) -> np.ndarray:
+    """(N,) an order of the examples in which each class comes at even intervals: every beginning is class-balanced."""
+    order = shuffled(len(y), *key)
+    place = np.empty(len(y))
+    for label in np.unique(y):
+        mine = order[y[order] == label]
+        place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
+    return order[np.argsort(place[order], kind="stable")]
+
+
 @dataclass(frozen=True)
 class Draws:
     """The random numbers of one batch.

@@ -7,22 +7,18 @@ written. Time is linear in examples and in attack steps, so a small batch is tim
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fatbench import data
 from fatbench.catalogue import described
 from fatbench.defense import Defense, settings_of
 from fatbench.devices import fabric_on
-from fatbench.folding import folded, held
+from fatbench.footprint import memory, saving
 from fatbench.quantities import Progress
 from fatbench.recipe import Settings
 from fatbench.team import Team
@@ -119,7 +115,7 @@ def estimate(settings: Settings, *, device: str = "auto") -> Estimate:
         steps=(fewest, most),
         seconds=(low, high),
         flop=(next(flop), next(flop)),
-        memory=_memory(run, activations),
+        memory=memory(run, activations),
         timed=(
             f"updates of {n} examples on {_named(run.device)} took {bare[0]:.3g} s without an attack and "
             f"{attacked[0]:.3g} s with {STEPS} steps of one (the fastest of a few); scaled by examples and "
@@ -169,7 +165,7 @@ def _rehearsed(run: Run, batch: int) -> tuple[int, int]:
     All of a batch on a GPU; on a CPU as many as take about a second, at least the two that BatchNorm needs.
     """
     n = min(2, batch) if run.device.type == "cpu" else batch
-    with _saving(run) as saved:
+    with saving(run) as saved:
         seconds, _ = _update(run, n, STEPS)
     if run.device.type != "cpu":
         return batch, saved.most
@@ -207,63 +203,6 @@ def _steps_an_example(defense: Defense, epochs: int) -> tuple[int, int]:
     for now in (Progress(done, epochs) for done in range(epochs)):
         fixed &= defense.stop(now, y) is None and defense.steps_at(now) == most
     return (most if fixed else 0), most
-
-
-# ------------------------------------------------------------------------------------------------ memory
-
-
-class _Saved:
-    """Bytes that autograd holds for the backward, every storage once, without what the run holds anyway."""
-
-    def __init__(self, own: set[int]) -> None:
-        self.own, self.holders, self.now, self.most = own, Counter[int](), 0, 0
-
-    def pack(self, tensor: Tensor) -> _Holder:
-        return _Holder(self, tensor)
-
-    def change(self, tensor: Tensor, by: int) -> None:
-        storage = tensor.untyped_storage()
-        place = storage.data_ptr()
-        self.holders[place] += by
-        if place not in self.own and self.holders[place] == max(by, 0):  # the first holder came, or the last one went
-            self.now += by * storage.nbytes()
-            self.most = max(self.most, self.now)
-
-
-class _Holder:
-    """One of autograd's references to a tensor; gone when the graph is."""
-
-    def __init__(self, saved: _Saved, tensor: Tensor) -> None:
-        self.saved, self.tensor = saved, tensor
-        saved.change(tensor, +1)
-
-    def __del__(self) -> None:
-        self.saved.change(self.tensor, -1)
-
-
-@contextmanager
-def _saving(run: Run) -> Iterator[_Saved]:
-    with run.fabric.autocast():
-        folded(run.net)  # made now, it is what the run holds, and no part of a batch
-    tensors = (*run.net.parameters(), *run.net.buffers(), *held(run.net), run.x)
-    own = {t.untyped_storage().data_ptr() for t in tensors}
-    saved = _Saved(own)
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda holder: holder.tensor):
-        yield saved
-
-
-def _memory(run: Run, activations: int) -> dict[str, int]:
-    """part -> bytes."""
-    weights = sum(t.nbytes for t in (*run.net.parameters(), *run.net.buffers()))
-    learning = sum(p.nbytes for p in run.net.parameters() if p.requires_grad)
-    parts = {"weights": weights, "gradients": learning, "momentum": learning if run.settings.momentum else 0}
-    parts |= {
-        "average": 0 if run.average is None else weights,
-        "copy to craft on": sum(t.nbytes for t in held(run.net)),
-        "activations": activations,
-        "images": run.x.nbytes,
-    }
-    return {part: size for part, size in parts.items() if size}
 
 
 # ------------------------------------------------------------------------------------------------ words

@@ -10,13 +10,14 @@ from typing import Any, Literal
 import numpy as np
 
 from fatbench.checkpoint import Subject
-from fatbench.data import Data, balanced_order
+from fatbench.data import Data
 from fatbench.doubts import CHECKS
+from fatbench.draws import balanced_order
 from fatbench.errors import Refused
 from fatbench.evaluation import Evaluation, Staged, examiner
 from fatbench.ledger import Step
 from fatbench.protocol import Protocol, budget_of
-from fatbench.quantities import number
+from fatbench.quantities import Precision, number
 
 # How much of a protocol is carried out: PGD-20 alone; everything but the stages that seldom break another example; all.
 Tier = Literal["quick", "bound", "full"]
@@ -54,7 +55,7 @@ class Examination:
     tier: Tier = "full"
     checked: bool = False
     surrogate: Subject | None = None
-    attack_precision: Literal["float32", "bf16"] = "float32"
+    attack_precision: Precision = "float32"
     layout: Literal["swift", "given"] = "swift"
     outside: Mapping[str, Evaluation] = field(default_factory=dict)
 

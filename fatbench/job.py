@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fatbench import runs
 from fatbench.errors import Refused, RunFailed, first_line
 from fatbench.files import locked, read_json, read_lines, write_json
-from fatbench.quantities import Eps
+from fatbench.quantities import Eps, Precision
 
 STATES = ("not launched", "running", "failed", "done")
 
@@ -37,7 +37,7 @@ class Examine(BaseModel):
     n: int | None = Field(default=None, ge=1, description="the first n test examples")
     balanced: bool = Field(default=False, description="n class-balanced test examples instead")
     seed: int = Field(default=0, ge=0, description="of random starts")
-    attack_precision: Literal["float32", "bf16"] = Field(
+    attack_precision: Precision = Field(
         default="float32", description="what attacks are made in; every success is verified in float32"
     )
 

@@ -9,7 +9,7 @@ import math
 import re
 from fractions import Fraction
 from itertools import pairwise
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -73,6 +73,10 @@ def eps_class(eps: str) -> str:
         if value == Fraction(decimal):
             return fraction
     return f"{float(value):g}"
+
+
+# What attacks are made in; what they find counts in float32 alone.
+Precision = Literal["float32", "bf16"]
 
 
 class Progress(NamedTuple):

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fatbench.errors import Refused, first_line
 from fatbench.files import digest, read_json, write_atomic, write_json
 from fatbench.protocol import budget_of, told
-from fatbench.quantities import Eps
+from fatbench.quantities import Eps, Precision
 
 SCHEMA = 2
 Outcomes = pd.DataFrame | dict[str, np.ndarray]  # a column a name, a row an example
@@ -107,7 +107,7 @@ class Result(Strict):
         default=None, description="the verdict: the checks that fired; null where none was made"
     )
     surrogate: str | None = Field(default=None, description="sha256 of the network that attacks were transferred from")
-    attack_precision: Literal["float32", "bf16"] = Field(
+    attack_precision: Precision = Field(
         default="float32", description="what attacks were made in; what they found counts in float32 alone"
     )
 

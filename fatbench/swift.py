@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import product
-from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,8 +16,8 @@ from torch.fx.experimental.optimization import fuse
 
 from fatbench.folding import in_pieces, in_place
 from fatbench.pixels import plain, seeing, seen
+from fatbench.quantities import Precision
 
-Precision = Literal["float32", "bf16"]
 # The most by which a copy's logits, each example's mean taken off, may differ, as a share of the largest: what another
 # order of sums may do, and what eight bits may do over many layers.
 AGREEMENT = {"float32": 1e-4, "bf16": 0.1}

@@ -18,8 +18,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fatbench import data
+from fatbench import data, sources
 from fatbench.catalogue import DATASETS, Dataset
+from fatbench.draws import balanced_order
 from fatbench.errors import Refused
 
 DIGITS_TEST = "78a343f1c3e655be79cd8732d7091cbd81fe708dbe0dd18bb070882ea21609c0"
@@ -78,7 +79,7 @@ def test_the_digits_of_both_splits_are_those_of_scikit_learn_each_once(digits: d
 
 
 def test_digits_are_refused_where_scikit_learn_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
     with pytest.raises(Refused, match="sklearn is not installed: pip install"):
         data.load("digits")
 
@@ -518,7 +519,7 @@ def test_the_validation_split_is_the_same_for_all_seeds(digits: data.Data) -> No
 @example(sizes=[30, 1, 1, 1, 1, 1, 1, 1], key=0)
 def test_each_class_of_a_balanced_order_comes_at_even_intervals(sizes: list[int], key: int) -> None:
     y = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
-    order = data.balanced_order(y, key)
+    order = balanced_order(y, key)
     assert sorted(order) == list(range(len(y)))
     taken = np.cumsum(np.eye(len(sizes))[y[order]], axis=0)
     share = np.outer(np.arange(1, len(y) + 1), sizes) / len(y)
@@ -529,14 +530,14 @@ def test_each_class_of_a_balanced_order_comes_at_even_intervals(sizes: list[int]
 @given(size=st.integers(1, 20), classes=st.integers(2, 10), key=st.integers())
 def test_a_balanced_order_of_equal_classes_takes_them_in_rounds(size: int, classes: int, key: int) -> None:
     y = np.tile(np.arange(classes), size)
-    taken = np.cumsum(np.eye(classes)[y[data.balanced_order(y, key)]], axis=0)
+    taken = np.cumsum(np.eye(classes)[y[balanced_order(y, key)]], axis=0)
     assert (taken.max(axis=1) - taken.min(axis=1)).max() <= 1
 
 
 def test_a_balanced_order_depends_on_its_key_alone() -> None:
     y = np.arange(60) % 3
-    assert np.array_equal(data.balanced_order(y, "a"), data.balanced_order(y, "a"))
-    assert not np.array_equal(data.balanced_order(y, "a"), data.balanced_order(y, "b"))
+    assert np.array_equal(balanced_order(y, "a"), balanced_order(y, "a"))
+    assert not np.array_equal(balanced_order(y, "a"), balanced_order(y, "b"))
 
 
 # ------------------------------------------------------------------------------------------------ augmentation

@@ -14,7 +14,8 @@ from fatbench import data, estimate, models
 from fatbench.data import take
 from fatbench.devices import fabric_on
 from fatbench.errors import Refused
-from fatbench.estimate import _counted, _pinned, _rehearsed, _Saved, _saving, _stand_in, _steps_an_example, _update
+from fatbench.estimate import _counted, _pinned, _rehearsed, _stand_in, _steps_an_example, _update
+from fatbench.footprint import Saved, saving
 from fatbench.recipe import contestant, resolve
 from fatbench.registry import defenses
 from fatbench.team import Team
@@ -112,7 +113,7 @@ def test_arithmetic_is_that_of_the_convolutions_and_products() -> None:
 def test_a_storage_is_counted_once_and_until_its_graph_is_gone() -> None:
     run = begun("standard")
     x = torch.ones(1000, requires_grad=True)
-    with _saving(run) as saved:
+    with saving(run) as saved:
         first = x.exp()  # keeps its result
         second = first.exp()  # keeps its own; its input is the same storage as first's result
         assert saved.now == 2 * 4000
@@ -127,7 +128,7 @@ def test_a_storage_is_counted_once_and_until_its_graph_is_gone() -> None:
 
 def test_what_the_run_holds_anyway_is_not_counted_as_activations() -> None:
     net = nn.Linear(10, 10)
-    saved = _Saved({t.untyped_storage().data_ptr() for t in net.parameters()})
+    saved = Saved({t.untyped_storage().data_ptr() for t in net.parameters()})
     x = torch.ones(5, 10, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda holder: holder.tensor):
         out = net(x)
@@ -139,7 +140,7 @@ def test_what_the_run_holds_anyway_is_not_counted_as_activations() -> None:
 def test_activations_of_a_batch_are_those_of_a_few_examples_scaled(name: str) -> None:
     run = begun(name)
     _, scaled = _rehearsed(run, 64)
-    with _saving(run) as saved:
+    with saving(run) as saved:
         _update(run, 64, 2)
     assert scaled == pytest.approx(saved.most, rel=0.02)
 

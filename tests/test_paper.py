@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -478,8 +479,10 @@ def test_each_world_has_its_section_and_its_plots(put: Put, tmp_path: Path) -> N
     pools = [reproduce.pooled(on, [tmp_path]) for on in WORLDS]
     found = report.publish(names.names(), pools, [tmp_path], tmp_path / "page")
     page = (tmp_path / "page.md").read_text()
-    digits, reduced = page.split("## On CIFAR-10, reduced")
-    assert "## On digits" in digits
+    beside, digits, reduced = re.split("## On (?:digits|CIFAR-10, reduced)\n", page)
+    assert "Of 15 claims 15 have one verdict everywhere, 0 hold here and not there." in beside
+    (natural,) = [line for line in beside.splitlines() if line.startswith("| fat has more natural accuracy than madry")]
+    assert [cell.strip() for cell in natural.split("|")[3:5]] == ["undecided, 60 epochs", "undecided, 8 epochs"]
     assert "`fatbench reproduce table1`" in digits
     assert "`fatbench reproduce table1 --dataset cifar10.npz`" in reduced
     assert "| madry        | 2       | 8        | 5.00" in reduced

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from fatbench import recipe
 from fatbench.catalogue import described
 from fatbench.errors import Refused
+from fatbench.quantities import Precision
 from fatbench.recipe import Settings
 
 
@@ -42,7 +43,7 @@ class World:
     free: tuple[str, ...]
     budgets: tuple[int, ...]
     settings: Mapping[str, Any]
-    attack_precision: Literal["float32", "bf16"] = "float32"
+    attack_precision: Precision = "float32"
     tells: tuple[str, ...] | None = None
     how: str = ""
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from fatbench import data, recipe
 from fatbench.attacks import Friendly, crafting, natural, pgd
-from fatbench.data import Data, balanced_order
+from fatbench.data import Data
+from fatbench.draws import balanced_order
 from fatbench.errors import Refused, unknown
 from fatbench.paper.claims import Claim, Finding, sided, within
 from fatbench.paper.pictured import grouped, mean_difference, rounded, scatter, strangers, trained

@@ -81,10 +81,30 @@ def told(found: Sequence[Finding]) -> str:
 
 def text(sections: Sequence[Section], folder: str) -> str:
     """The whole page."""
-    parts = ["# The paper's claims, run again", INTRODUCTION]
+    parts = ["# The paper's claims, run again", INTRODUCTION, *_side_by_side(sections)]
     for section in sections:
         parts += _section(section, folder)
     return "\n\n".join(parts) + "\n"
+
+
+def _side_by_side(sections: Sequence[Section]) -> list[str]:
+    """Each claim that was judged in every world, with the verdict of its longest budget there."""
+    judged = [{finding.claim.id: finding for finding in section.found} for section in sections]  # the longest is last
+    shared = [[own[ident] for own in judged] for ident in judged[-1] if all(ident in own for own in judged)]
+    if len(sections) < 2 or not shared:
+        return []
+    verdicts = [{finding.verdict for finding in row} for row in shared]
+    alike, opposed = sum(len(said) == 1 for said in verdicts), verdicts.count({"holds", "does not hold"})
+    rows = [
+        {"claim": row[-1].claim.text, "place": row[-1].claim.place}
+        | {
+            f"on {section.pool.world.title}": f"{finding.verdict}, {finding.budget}"
+            for section, finding in zip(sections, row, strict=True)
+        }
+        for row in shared
+    ]
+    told = f"Of {len(shared)} claims {alike} have one verdict everywhere, {opposed} hold here and not there."
+    return ["## Side by side", BESIDE, told, str(pd.DataFrame(rows).to_markdown(index=False))]
 
 
 def _section(section: Section, folder: str) -> list[str]:
@@ -151,6 +171,10 @@ on the same test images, with a 95 % t interval whose variance is that between s
 *holds* where its whole interval lies on the claim's side, *does not hold* where it lies wholly on the other, and is
 *undecided* in between. "Not below by more than 1" allows for one percentage point. Claims are tested one by one: of
 twenty, one may come out wrong by chance. A claim whose runs are not recorded yet has no row."""
+
+BESIDE = """\
+What was judged in every setting, at its longest budget there; eps is each one's own, and said here as the last one has
+it. The figures behind a verdict stand in the sections below."""
 
 PLOTS = "Medians over seeds; bands go from the least to the greatest. The data behind each are the committed records."
 
