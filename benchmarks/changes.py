@@ -57,7 +57,7 @@ def steps(arch: str, rounds: int) -> Iterator[dict[str, Any]]:
         "input gradients only": partial(gradient, frozen, x, y),
         "channels last": partial(gradient, last, x.contiguous(memory_format=torch.channels_last), y),
         "BatchNorm folded, ReLU in place": partial(_folded, frozen, x, y, x.numel(), 0),
-        "32 images at a time": partial(_folded, frozen, x, y, lanes=0),
+        "a few images at a time": partial(_folded, frozen, x, y, lanes=0),
         "the first layer's gradient by blocks": partial(_folded, frozen, x, y),
         "bfloat16": partial(_cast, frozen, x, y),
     }

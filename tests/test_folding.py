@@ -55,11 +55,13 @@ def test_the_logits_and_input_gradients_are_the_networks_own(net: nn.Module) -> 
     torch.testing.assert_close(answers[1], answers[0], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(("threads", "together"), [(1, [1, 1, 1, 1]), (2, [2, 2]), (8, [2, 2])])
 def test_images_that_pass_a_few_at_a_time_are_answered_as_all_at_once(
-    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+    net: nn.Module, threads: int, together: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, passes = image(net), []
-    monkeypatch.setattr(folding, "PIECE", 2 * x.shape[2] * x.shape[3])
+    monkeypatch.setattr(folding, "PIECE", x.shape[2] * x.shape[3])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     expected = torch.autograd.grad(net(point := x.clone().requires_grad_()).logsumexp(dim=1).sum(), point)[0]
     copy = folded(net)
     assert isinstance(copy, folding._Folded)
@@ -67,7 +69,7 @@ def test_images_that_pass_a_few_at_a_time_are_answered_as_all_at_once(
     point = x.clone().requires_grad_()
     found = torch.autograd.grad(copy(point).logsumexp(dim=1).sum(), point)[0]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    assert passes == [2, 2]
+    assert passes == together
 
 
 def test_no_batchnorm_is_left_behind_a_convolution() -> None:
