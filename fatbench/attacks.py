@@ -37,7 +37,7 @@ def labels(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def clean_probabilities(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The target of TRADES's inner maximisation: softmax of the clean images' logits, (N, classes), no gradient."""
     with torch.no_grad():
-        probabilities: Tensor = model(x).softmax(dim=1)
+        probabilities: Tensor = model(x).to(x.dtype).softmax(dim=1)
     return probabilities
 
 
@@ -347,7 +347,7 @@ def pgd(
             if not len(which):
                 break
             point = x_adv[which].requires_grad_()
-            logits = network(point)
+            logits = network(point).to(x.dtype)  # bfloat16 has no digits for what a loss does with them
             forwards += len(which)
             now = Now(which, k, x[which], begin[which], point, y[which], logits, target[which], objective.loss)
             # A mask's count must be known before what it picks has a shape: with no rule nothing waits for the GPU.

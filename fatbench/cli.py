@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a run failed, 2 refused (one line: what, why, what to do),
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, NoReturn
@@ -60,6 +61,7 @@ def _stop(code: int, text: str) -> NoReturn:
 def main() -> None:
     """The console script."""
     usage = typer.BadParameter.__mro__[2]  # ClickException, which typer vendors and does not export
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill`, or a scheduler at a job's end: as Ctrl-C
     try:
         code = app(standalone_mode=False)
         if code == 130:  # typer turns Ctrl-C into an exit code

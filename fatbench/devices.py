@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import lightning_fabric  # noqa: F401  before the next line: it sets its logger up as it is imported
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +41,21 @@ _SYNC = "forward_sync_buffers"
 _NO_BUFFERS: dict[str, Any] = {
     _SYNC if _SYNC in signature(DistributedDataParallel).parameters else "broadcast_buffers": False
 }
+
+
+class Mixed(MixedPrecision):
+    """bfloat16 by autocast alone: what is handed to an update is the very tensor, and stays float32."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__("bf16-mixed", device)
+
+    def forward_context(self) -> torch.autocast:
+        # Of no weight a cast is kept: one that was made without gradients would be used, cut off from its weight, by
+        # the forwards of a loss that come after it.
+        return torch.autocast(self.device, torch.bfloat16, cache_enabled=False)
+
+    def convert_input(self, data: Any) -> Any:
+        return data
 
 
 def fabric_on(
@@ -71,9 +87,10 @@ def fabric_on(
     if precision == "bf16-mixed" and kind == "cuda" and not torch.cuda.is_bf16_supported():
         raise Refused("--precision bf16-mixed: this GPU has no bfloat16; use 32-true")
     around = world(devices, nodes)
+    how: dict[str, Any] = {"plugins": Mixed(kind)} if precision == "bf16-mixed" else {"precision": precision}
     if around.size == 1:
         where: Any = [int(index)] if index else 1
-        return Fabric(accelerator=kind, devices=where, precision=precision)  # type: ignore[arg-type]
+        return Fabric(accelerator=kind, devices=where, **how)
     if index:
         raise Refused(f"--device {device} names one device: leave its number out for {around.size} processes")
     if kind == "cuda" and torch.cuda.device_count() < around.devices:
@@ -83,13 +100,7 @@ def fabric_on(
         )
     method: Any = "popen" if around.started else "spawn"
     strategy = DDPStrategy(start_method=method, timeout=patience, **_NO_BUFFERS)
-    return Fabric(
-        accelerator=kind,
-        devices=around.devices,
-        num_nodes=around.nodes,
-        strategy=strategy,
-        precision=precision,  # type: ignore[arg-type]
-    )
+    return Fabric(accelerator=kind, devices=around.devices, num_nodes=around.nodes, strategy=strategy, **how)
 
 
 def named(device: torch.device | str) -> str:

@@ -193,7 +193,7 @@ def work_through(folders: Sequence[Path], workers: int, devices: Sequence[str], 
                         bar.advance(f"{folder.name} {standing(folder).state}")
     finally:
         for process in busy:  # of an interruption: each writes down that it was
-            process.popen.send_signal(signal.SIGINT)
+            process.popen.terminate()  # where a sweep runs in the background, its children are deaf to Ctrl-C
         for process in busy:
             process.popen.wait()
     if left := [folder for folder in folders if standing(folder).state != "done"]:

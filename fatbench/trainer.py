@@ -109,8 +109,14 @@ class Student(nn.Module):
         self.net, self.defense = net, defense
 
     def training_step(self, x: Tensor, x_adv: Tensor, y: Tensor, progress: Progress, weight: float) -> Tensor:
-        loss = self.defense.loss(self.net, x, x_adv, y, progress)
+        with self.net.register_forward_hook(_in_float32):
+            loss = self.defense.loss(self.net, x, x_adv, y, progress)
         return loss if weight == 1 else loss * weight  # here, in the network's precision: float32 leaves the wrapper
+
+
+def _in_float32(net: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> Tensor | None:
+    """A network under autocast answers in bfloat16, of which a loss's logarithms and 1 - p would keep two digits."""
+    return logits.float() if logits.dtype == torch.bfloat16 else None
 
 
 class Run:
@@ -199,10 +205,12 @@ class Run:
             "device": named(self.device),
         }  # fmt: skip
         verdict = self.defense.after_epoch(after, self.subject, measure)
+        self.epoch += 1
+        if robust is not None and natural is not None:
+            self.keep_best([robust, natural])  # before a verdict brings other weights back than were measured
         self.obey(verdict)
         metrics["seconds"] = round(time.perf_counter() - began, 3)
-        self.epoch += 1
-        self.save(metrics, None if robust is None or natural is None else [robust, natural])
+        self.save(metrics)
         return metrics
 
     def learn(self, progress: Progress) -> Tally:
@@ -235,7 +243,8 @@ class Run:
         with self.fabric.autocast():
             crafted = self.defense.craft(self.net, x, y, progress, draws=draws)
         self.optimizer.zero_grad()
-        with answers(self.net, crafted.x_adv, y) as right:
+        # One device's wrapper passes the call on and no more, so that autocast must be asked for here.
+        with answers(self.net, crafted.x_adv, y) as right, self.fabric.autocast():
             loss = self.student.training_step(x, crafted.x_adv, y, progress, share.weight)
         self.fabric.backward(loss)
         self.optimizer.step()
@@ -272,17 +281,21 @@ class Run:
 
     # -------------------------------------------------------------------------------------------- what is kept
 
-    def save(self, metrics: dict[str, Any], score: list[float] | None) -> None:
-        """Metrics, checkpoints, and last the state to resume from: a kill before it repeats the epoch, bit for bit."""
-        best = score is not None and (self.best is None or score > self.best[:2])
-        if best and score is not None:
-            self.best = [*score, float(self.epoch)]
+    def keep_best(self, score: list[float]) -> None:
+        """The network as it stands, where none before it had such a score: robust accuracy, then natural."""
+        if self.best is not None and score <= self.best[:2]:
+            return
+        self.best = [*score, float(self.epoch)]
+        with self.team.together():
+            if self.team.first:
+                self.write("best")
+
+    def save(self, metrics: dict[str, Any]) -> None:
+        """Metrics, checkpoint, and last the state to resume from: a kill before it repeats the epoch, bit for bit."""
         with self.team.together():
             if self.team.first:
                 append_line(self.out / "metrics.jsonl", metrics)
                 self.write("last")
-                if best:
-                    self.write("best")
                 write_atomic(self.out / "resume.pt", partial(_torch_save, self.state()))
 
     def state(self) -> dict[str, Any]:

@@ -232,7 +232,8 @@ def test_three_classes_one_channel_odd_size_from_end_to_end(here: Cli, npz: Call
     assert "made-up, linf, eps 0.3" in ranked.stdout
 
 
-def test_ctrl_c_exits_130_and_the_run_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_kill_exit_130_and_the_run_goes_on(sent: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["train", "fat", "--epochs", "400", "--n-train", "200", "--out", str(out)]
     process = subprocess.Popen(
@@ -244,7 +245,7 @@ def test_ctrl_c_exits_130_and_the_run_goes_on(tmp_path: Path) -> None:
         if (out / "resume.pt").exists():
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "--resume" in said.strip().splitlines()[-1]

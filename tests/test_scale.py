@@ -109,6 +109,20 @@ def test_with_frozen_batchnorm_two_ranks_make_the_update_of_one(
         assert a[count] == b[count], count
 
 
+def test_in_bfloat16_too(pair: Any, two_ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zero, one = seen(pair, "half")
+    assert zero == one
+    monkeypatch.setattr(trainer.models, "build", two_ranks.frozen)
+    alone = trainer.train(two_ranks.settings("fat-dat", precision="bf16-mixed", n_train=114), tmp_path / "run")
+    (a,), (b,) = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (alone, pair[0] / "half")
+    )
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    assert a["train_accuracy"] == pytest.approx(b["train_accuracy"], abs=0.03)
+    assert b["train_accuracy"] > 0.05
+
+
 def test_a_curriculum_resumed_on_two_ranks_ends_with_the_same_bits(pair: Any) -> None:
     zero, one = seen(pair, "resumed")
     assert zero == one

@@ -200,6 +200,20 @@ def test_jobs_in_turn_end_as_jobs_alone_and_each_has_its_log(tmp_path: Path) -> 
     assert "holds no job" in (together[0].parent / "c" / "log.txt").read_text()
 
 
+def test_a_sweep_in_the_background_that_is_killed_leaves_no_worker_behind(tmp_path: Path) -> None:
+    path = grid(tmp_path, GRID.replace("epochs = 1", "epochs = 400"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fatbench", "sweep", path, "--workers", "1", "--device", "cpu"], cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN) and None,  # as a shell does to `... &`
+    )  # fmt: skip
+    while not (started := list(tmp_path.glob("sweep/jobs/*/run/resume.pt"))):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 130
+    assert standing(started[0].parents[1]) == ("failed", "interrupted")
+
+
 def test_what_a_job_dies_of_before_it_can_speak_is_its_logs_last_line(tmp_path: Path) -> None:
     folders = sweep.prepare(sweep.expand(grid(tmp_path)), tmp_path / "out")[:1]
     with pytest.raises(RunFailed):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from fatbench import checkpoint, data, devices, files, protocol, recipe, trainer
 from fatbench.attacks import Crafted
+from fatbench.defense import Verdict
 from fatbench.errors import Refused, RunFailed
 from fatbench.evaluate import Examination, evaluate
 from fatbench.quantities import Progress
@@ -135,6 +136,43 @@ def test_bfloat16_and_float64_train_too(tmp_path: Path) -> None:
         run = trainer.train(settings("fat-trades", precision=precision, epochs=1), tmp_path / precision)
         assert load_file(run / "last.safetensors")["0.weight"].dtype == dtype
         assert np.isfinite(metrics(run)[0]["loss"])
+
+
+@pytest.mark.parametrize("defense", list(defenses))
+def test_in_bfloat16_an_update_is_of_it_too_and_its_loss_of_float32(
+    defense: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, update, entropy = trainer.models.build, trainer.Run.update, torch.nn.functional.cross_entropy
+    learned_in, lost_in, still = set(), set(), []
+
+    def looking(module: torch.nn.Module, inputs: Any, answer: torch.Tensor) -> None:
+        if module.weight.requires_grad and torch.is_grad_enabled():  # while crafting no weight asks for a gradient
+            learned_in.add(answer.dtype)
+
+    def built(*arguments: Any) -> torch.nn.Module:
+        net = build(*arguments)
+        convolutions = [module for module in net.modules() if isinstance(module, torch.nn.Conv2d)]
+        for convolution in convolutions:
+            convolution.register_forward_hook(looking)
+        return net
+
+    def updated(run: trainer.Run, *arguments: Any) -> Any:
+        found = update(run, *arguments)
+        still.extend(name for name, weight in run.net.named_parameters() if not weight.grad.abs().sum())
+        return found
+
+    def lost(logits: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        lost_in.add(logits.dtype)
+        return entropy(logits, *arguments, **options)
+
+    monkeypatch.setattr(trainer.models, "build", built)
+    monkeypatch.setattr(trainer.Run, "update", updated)
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", lost)
+    run = trainer.train(settings(defense, precision="bf16-mixed", epochs=1), tmp_path / "run")
+    assert learned_in == {torch.bfloat16}
+    assert lost_in == {torch.float32}
+    assert not still, "weights that an update gave no gradient"
+    assert metrics(run)[0]["train_accuracy"] > 0
 
 
 def test_normalisation_goes_with_the_checkpoint(tmp_path: Path) -> None:
@@ -320,6 +358,18 @@ def test_nothing_is_written_where_the_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="n-train"):
         trainer.train(settings("fat", n_train=5000), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_best_is_what_was_measured_though_other_weights_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = iter([0.1, 0.1, 0.9, 0.9])  # natural and robust accuracy, epoch by epoch
+    monkeypatch.setattr(trainer.Yardstick, "__call__", lambda self, craft=None: next(figures))
+    back = {1: Verdict(remember=True), 2: Verdict(reload_best=True)}
+    monkeypatch.setattr(defenses["standard"], "after_epoch", lambda self, progress, *_: back[progress.done])
+    run = trainer.train(settings("standard"), tmp_path / "run")
+    assert checkpoint.load(run / "best.safetensors").meta["epoch"] == 2
+    assert not same(load_file(run / "best.safetensors"), load_file(run / "last.safetensors"))
 
 
 # ------------------------------------------------------------------------------------------------ moving average

@@ -68,7 +68,7 @@ def main(out: Path) -> None:
         GO(run)
 
     trainer.Run.go = watched  # type: ignore[method-assign]
-    checks = (every_defense, frozen_batchnorm, resumed, desynchronised, full_disk, not_finite, claimed)
+    checks = (every_defense, frozen_batchnorm, half, resumed, desynchronised, full_disk, not_finite, claimed)
     seen = {check.__name__: check(out / check.__name__) for check in checks}
     (out / f"rank-{RANK}.json").write_text(json.dumps(seen))
 
@@ -99,6 +99,13 @@ def frozen_batchnorm(out: Path) -> dict[str, Any]:
     models.build = frozen  # type: ignore[assignment]
     for name in ("madry", "fat-trades", "fat-mart"):
         trainer.train(settings(name, ranks=2, precision="64-true", n_train=114), out / name)
+    models.build = BUILD
+    return everything(RUNS[-1])
+
+
+def half(out: Path) -> dict[str, Any]:
+    models.build = frozen  # type: ignore[assignment]
+    trainer.train(settings("fat-dat", ranks=2, precision="bf16-mixed", n_train=114), out)
     models.build = BUILD
     return everything(RUNS[-1])
 
