@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from fatbench.attacks import Crafted, Mode, natural, pgd, uniform
+from fatbench.attacks import Crafted, Mode, natural, pgd
 from fatbench.defense import Defense, Measure, Verdict
 from fatbench.draws import Draws
-from fatbench.quantities import Count, NonNegative, Progress, step_of
+from fatbench.quantities import NonNegative, Progress, step_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Cat(Defense):
 
     mode: Mode = "train"  # the released code never calls eval() here: each chunk's own BatchNorm statistics
     clamp_start: bool = False  # PGDAttack.py:44-81
-    patience: Count | None = None  # epochs without a rise; a twelfth of the run unless given: 10 of 120, the paper's
+    # Epochs without a rise; a twelfth of the run unless given: 10 of 120, the paper's.
+    patience: Annotated[int, Field(ge=1)] | None = None
     jitter: bool = True  # one step a call, (2 eps / k) U(1, 10 / k), PGDAttack.py; False: 2 eps / k
     train_above: NonNegative = 0.0  # released code: advance only with training accuracy above 0.9; the paper not
     # The released code validates on images quantised to 16 levels (utils.py:15-21); 0: as they are.
@@ -43,7 +44,7 @@ class Cat(Defense):
         self, model: nn.Module, x: Tensor, y: Tensor, k: int, eps: float, draws: Draws | None, size: float, **how: Any
     ) -> Crafted:
         """Strength k: k steps of 2 eps / k, times `size`; strength 0 is the clean image."""
-        start = partial(uniform if k else natural, draws=draws, clamp=self.clamp_start)
+        start = self.start_at(draws) if k else partial(natural, draws=draws)
         step = (2 * eps if self.step_size is None else step_of(self.step_size, eps)) / max(k, 1) * size
         return pgd(model, x, y, eps=eps, step_size=step, steps=k, start=start, **how)
 
@@ -73,7 +74,8 @@ class Cat(Defense):
             x_adv = self.attack(model, x, y, strength, self.eps_at(progress), draws, 1.0).x_adv
             return quantised(x_adv, self.levels) if self.levels and strength else x_adv
 
-        accuracy, patience = measure(examine), self.patience or max(1, round(progress.total / 12))
+        accuracy = measure(examine)
+        patience = max(1, round(progress.total / 12)) if self.patience is None else self.patience
         if accuracy > self.memory["best"]:
             self.memory.update(best=accuracy, waited=0)
             return Verdict(remember=True)

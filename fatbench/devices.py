@@ -84,6 +84,10 @@ def fabric_on(
         raise Refused("--device cuda: torch sees no CUDA device here; use --device cpu")
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if index and kind == "cpu":
+        raise Refused(f"--device {device}: a CPU has no number; use --device cpu")
+    if index and int(index) >= torch.cuda.device_count():
+        raise Refused(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices, the first is cuda:0")
     if precision == "bf16-mixed" and kind == "cuda" and not torch.cuda.is_bf16_supported():
         raise Refused("--precision bf16-mixed: this GPU has no bfloat16; use 32-true")
     around = world(devices, nodes)

@@ -276,6 +276,8 @@ def _validated(said: dict[str, Any]) -> Settings:
     network(settings.arch)
     if (settings.mean is None) != (settings.std is None):
         raise Refused("settings: mean and std go together")
+    if "eps" in settings.fields:
+        raise Refused("settings: eps stands above [fields], among the run's own settings")
     contestant = build(defenses[settings.defense], {**settings.fields, "eps": number(settings.eps)})
     stored = {key: value for key, value in fields_as_stored(contestant).items() if key != "eps"}
     return settings.model_copy(update={"fields": stored})

@@ -59,7 +59,10 @@ def expand(grid: str) -> Grid:
     path = recipe.file_of(grid)
     said = recipe.said_in(path)
     own = said.pop("evaluate", {})
-    defenses = said.get("sweep", {}).pop("defense", None) or [said.pop("defense", "")]
+    swept, fixed = said.get("sweep", {}).pop("defense", None), said.pop("defense", "")
+    if swept and fixed:
+        raise Refused(f"the grid {path} both sets and sweeps defense: keep one")
+    defenses = swept or [fixed]
     page = recipe.page_of(said, path)
     try:
         examine = Examine.model_validate(own or {"protocols": page.protocols})
@@ -75,6 +78,9 @@ def expand(grid: str) -> Grid:
             points[_name(defense, point)] = _settings(defense, page, point)
     if idle := page.sweep.keys() - used:
         raise Refused(f"the grid {path} sweeps {sorted(idle)[0]}, which none of {', '.join(defenses)} has")
+    for key in page.settings.get("fields", {}):
+        if not any(_has(defense, key) for defense in defenses):
+            raise Refused(f"the grid {path} sets the field {key}, which none of {', '.join(defenses)} has")
     return Grid(points, examine)
 
 

@@ -130,6 +130,11 @@ class Run:
         channels, height, width = loaded.shape
         if height != width and settings.arch == "small-cnn":
             raise Refused(f"small-cnn takes square images, {loaded.info.name} has {height}x{width}: use another --arch")
+        for what, values in (("mean", settings.mean), ("std", settings.std)):
+            if values and len(values) != channels:
+                raise Refused(
+                    f"{what} has {len(values)} numbers, {loaded.info.name} {channels} channels: give one for each"
+                )
         self.meta: dict[str, Any] = {
             "arch": settings.arch, "classes": loaded.classes, "channels": channels, "size": height,
             "mean": settings.mean, "std": settings.std, "settings": settings.model_dump(mode="json"),
@@ -150,7 +155,7 @@ class Run:
         self.student, self.optimizer = self.fabric.setup(student, sgd)
         self.net: nn.Module = student.net
         self.average: nn.Module | None = None
-        if self.defense.average(Progress(0, settings.epochs)) is not None:
+        if any(self.defense.average(Progress(done, settings.epochs)) is not None for done in range(settings.epochs)):
             self.average = deepcopy(self.net)
         dtype = torch.float64 if settings.precision == "64-true" else torch.float32
         self.x, self.y = loaded.x_train.to(self.device, dtype), loaded.y_train.to(self.device)
@@ -260,10 +265,10 @@ class Run:
 
     @torch.no_grad()
     def follow(self, progress: Progress) -> None:
-        """The moving average takes a step after the weights."""
-        decay = self.defense.average(progress)
-        if self.average is None or decay is None:
+        """The moving average takes a step after the weights; in an epoch without one it is the weights."""
+        if self.average is None:
             return
+        decay = self.defense.average(progress) or 0.0
         for slow, fast in zip(self.average.state_dict().values(), self.net.state_dict().values(), strict=True):
             slow.lerp_(fast, 1 - decay) if slow.is_floating_point() else slow.copy_(fast)
 

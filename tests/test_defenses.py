@@ -599,6 +599,14 @@ def test_cat_advances_after_ten_epochs_of_120_without_a_rise_and_reloads_the_bes
     assert told == [("remember", 0), *[("-", 0)] * 9, ("reload", 1), ("remember", 1)]
 
 
+@pytest.mark.parametrize(("start", "moved"), [("natural", False), ("uniform", True), ("gaussian", True)])
+def test_cat_starts_where_it_is_told_to(start: str, moved: bool) -> None:
+    x, y = torch.full((4, 1, 8, 8), 0.5), torch.zeros(4, dtype=torch.int64)
+    cat = made("cat", start=start)
+    crafted = cat.attack(torch.nn.Flatten(), x, y, 1, 0.1, None, 0.0)  # steps of no size
+    assert bool((crafted.x_adv != x).any()) == moved
+
+
 @pytest.mark.parametrize(("total", "patience"), [(120, 10), (60, 5), (24, 2), (12, 1), (5, 1), (1, 1)])
 def test_the_patience_of_cat_is_a_twelfth_of_the_run(total: int, patience: int) -> None:
     told = lessons(made("cat"), Measured([0.5, *[0.4] * patience]), total)

@@ -348,7 +348,7 @@ def test_a_disk_that_really_fills_is_one_line(tmp_path: Path, no_file_beyond: An
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:0:1"])
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:0:1", "cpu:0", "cuda:99"])
 def test_an_unknown_device_is_refused(device: str) -> None:
     with pytest.raises(Refused, match="--device"):
         devices.fabric_on(device)
@@ -372,6 +372,12 @@ def test_the_best_is_what_was_measured_though_other_weights_come_back(
     assert not same(load_file(run / "best.safetensors"), load_file(run / "last.safetensors"))
 
 
+def test_a_mean_and_a_std_for_other_channels_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="mean has 3 numbers, digits 1 channels"):
+        trainer.train(settings("fat", sets=["mean=[0.3, 0.3, 0.3]", "std=[0.4, 0.4, 0.4]"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------------------ moving average
 
 
@@ -390,6 +396,19 @@ def test_a_moving_average_is_what_is_validated_saved_and_resumed(
             trainer.train(wanted, tmp_path / "run")
     trainer.train(wanted, tmp_path / "run", resume=True)
     assert same(left_behind(tmp_path / "run"), left_behind(whole))
+
+
+def test_a_moving_average_may_begin_later_and_is_the_weights_till_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(defenses["standard"], "average", lambda self, now: 0.9 if now.done else None)
+    for epochs, apart in ((1, False), (2, True)):
+        run = trainer.train(settings("standard", epochs=epochs, n_train=60), tmp_path / f"{epochs}")
+        state = torch.load(run / "resume.pt", weights_only=True)
+        assert (state["average"] is not None) == apart
+        if apart:
+            assert not same(dict(state["net"]), dict(state["average"]))
+            assert same(load_file(run / "last.safetensors"), dict(state["average"]))
 
 
 def test_crafting_sees_the_inner_network_in_its_own_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
