@@ -24,9 +24,14 @@ def diff(old: Path, new: Path) -> list[str]:
     """Lines `+` for rows that came, `-` for those that went, `~` for those that changed, and how.
 
     Args:
-        old, new: A board.json, a folder that holds one, or a folder of records.
+        old, new: A board.json, a folder that holds one, or a folder of records. Records hold measured rows alone: where
+            one side is such, what others published is left out of the other.
     """
     before, after = _rows(old), _rows(new)
+    if _of_records(old) or _of_records(new):
+        before, after = (
+            {key: row for key, row in rows.items() if row["source"] == "measured"} for rows in (before, after)
+        )
     lines = [f"- {_called(row)}" for key, row in before.items() if key not in after]
     for key, row in after.items():
         if key not in before:
@@ -36,9 +41,13 @@ def diff(old: Path, new: Path) -> list[str]:
     return lines
 
 
+def _of_records(path: Path) -> bool:
+    return path.is_dir() and not (path / "board.json").exists()
+
+
 def _rows(path: Path) -> dict[tuple[Any, ...], Row]:
     told = path / "board.json" if path.is_dir() else path
-    if path.is_dir() and not told.exists():
+    if _of_records(path):
         rows = faces.as_json(board(gather(path)))["rows"]
     else:
         said = read_json(told, "board.json")

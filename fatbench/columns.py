@@ -61,7 +61,7 @@ TAIL = (
         "attacks among the records; the median over seeds",
     ),
     Column("pgd_gap", "Float64", "PGD-20 minus AutoAttack, in points; the median over seeds"),
-    Column("masking", "string", "whether AutoAttack's own checks suspect masked gradients: suspected, or no sign"),
+    Column("masking", "string", "what the checks for masked gradients say: suspected (and by which), or no sign"),
     Column("best_minus_last", "Float64", "worst case of the best epoch minus that of the last, in points: overfitting"),
     Column("backwards_per_example", "Float64", "gradients that crafting took, a training example and epoch"),
     Column("train_seconds", "Float64", "of the whole training; the median over seeds"),

@@ -151,6 +151,8 @@ def _shared(records: list[Record]) -> tuple[list[str], dict[str, str]]:
         settings = [record.protocol.attacks.get(attack) for record in records]
         if not all(attack in record.attacks for record in records):
             left_out[attack] = "not everyone was examined under it"
+        elif any(record.result.bound and attack in record.result.stages for record in records):
+            left_out[attack] = "of some it is an upper bound: examine with --tier full"
         elif any(said != settings[0] for said in settings):
             left_out[attack] = "the protocols mean different things by it"
     return [attack for attack in names if attack not in left_out], left_out

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from fatbench import columns
+from fatbench import columns, protocol
 from fatbench.files import digest
 from fatbench.quantities import eps_class, number
 from fatbench.recipe import without_none
@@ -116,10 +116,11 @@ def _place(attack: str) -> tuple[Any, ...]:
 def rows(table: list[Line]) -> list[dict[str, Any]]:
     """The measured rows of one table: one a contestant; percentages.
 
-    A row is ranked against those examined under the same attacks; a failed, unfinished or less examined one is not.
+    A row is ranked against those examined under the attacks that are needed; a failed, unfinished or less examined one
+    is not.
     """
-    attacks = in_order(name for line in table for name in line["correct"])
-    found = [_row(group, attacks) for group in grouped(table, "contestant")]
+    attacks, needed = in_order(name for line in table for name in line["correct"]), _needed(table)
+    found = [_row(group, attacks, needed) for group in grouped(table, "contestant")]
     ranked = [row for row in found if row["status"] == "done" and row.pop("complete")]
     for row, rank in zip(ranked, ranks([(row["worst_low"], row["worst_high"]) for row in ranked]), strict=True):
         row["rank"] = rank
@@ -130,6 +131,20 @@ def rows(table: list[Line]) -> list[dict[str, Any]]:
         a, b = best.get(row["training_of"]), last.get(row["training_of"])
         row["best_minus_last"] = None if a is None or b is None else a - b
     return found
+
+
+def _needed(table: list[Line]) -> set[str]:
+    """The attacks that a row is ranked with: its protocol's, or, where nobody had all of those, all that anyone had.
+
+    An attack that somebody added takes no rank from the others, nor does one with a budget of its own.
+    """
+    had = [set(in_order(line["correct"])) for line in table if line["status"] == "done"]
+    name = table[0]["protocol"].rpartition(" v")[0]
+    said = protocol.load(name) if name in protocol.shelf() else None
+    own = set(said.attacks) if said and table[0]["protocol"] == f"{said.name} v{said.version}" else set()
+    if said and own and not said.standing and any(own <= attacks for attacks in had):
+        return own
+    return {attack for attacks in had for attack in attacks if "@" not in attack}
 
 
 def _tell_apart(found: list[dict[str, Any]]) -> None:
@@ -154,7 +169,7 @@ def _setting(name: str, value: object) -> str:
     return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
-def _row(group: list[Line], attacks: list[str]) -> dict[str, Any]:
+def _row(group: list[Line], attacks: list[str], needed: set[str]) -> dict[str, Any]:
     # One network examined twice is one seed; what was examined whole says more than a bound on it.
     whole_first = sorted(group, key=lambda line: line["status"] == "bound")
     group = [same[0] for same in grouped(whole_first, "fingerprint")]
@@ -165,11 +180,11 @@ def _row(group: list[Line], attacks: list[str]) -> dict[str, Any]:
     row |= {key: first[key] for key in copied}
     # A seed that failed, or was examined before it was finished, and has no finished run beside it.
     finished = {line["seed"] for line in good}
-    failed = [line for line in group if line["status"] != "done" and line["seed"] not in finished]
+    failed = [line for line in group if line["status"] not in ("done", "bound") and line["seed"] not in finished]
     status = "; ".join(dict.fromkeys(line["status"] for line in good or group))
     row |= {"seeds": len(good), "failed": len(failed), "status": status}
     correct = [line["correct"] for line in good]
-    row["complete"] = all(set(attacks) <= set(counts) for counts in correct)
+    row["complete"] = all(needed <= set(counts) for counts in correct)
     for attack in ("clean", *attacks, "worst"):
         row |= _accuracy(attack, [counts[attack] for counts in correct if attack in counts], first["n"])
     both = [counts for counts in correct if {"pgd-20", "autoattack"} <= counts.keys()]

@@ -12,7 +12,7 @@ from fatbench.stats import wilson
 def standing(record: Record) -> list[str]:
     """Sentences on its place among all listed models, and among those of its architecture; none where no board fits.
 
-    A board fits data of its name, l-inf at its eps class, under AutoAttack's standard version.
+    A board fits data of its name, l-inf at its eps class, under AutoAttack's standard version, carried out whole.
 
     Raises:
         Refused: robustbench's boards cannot be read.
@@ -20,6 +20,8 @@ def standing(record: Record) -> list[str]:
     result = record.result
     said = record.protocol.attacks.get("autoattack", {})
     if said.get("version") != "standard" or "standing_after" in said or "autoattack" not in result.correct:
+        return []
+    if result.bound:
         return []
     board = [
         model

@@ -86,6 +86,8 @@ def _missing(record: Record) -> list[str]:
         lacking += [f"{', '.join(absent)}, which {known.name} has: such a row is not ranked"] if absent else []
     else:
         lacking.append(f"a protocol that others can follow: {record.protocol.name} is none of fatbench list protocols")
+    if result.bound:
+        lacking.append("what its upper bound left out: examine with --tier full; such a row is not ranked")
     if "autoattack" not in record.attacks:
         lacking.append("AutoAttack: the only check of masked gradients")
     if not result.network.settings:

@@ -117,6 +117,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("job", "nowhere"), "nowhere holds no job"),
         (("reproduce", "tabel1"), "did you mean table1"),
         (("reproduce", "fig6", "--dataset", "mnist"), "set up for digits and CIFAR-10 (by name, or a file), not mnist"),
+        (("reproduce", "fig6", "--scale", "paper", "--tell"), "judge what was made at --scale laptop"),
         (("reproduce", "cost", "--scale", "paper"), "cost is not in the paper, and has no recipe"),
         (("reproduce", "fig6", "--scale", "moon"), "not one of 'laptop', 'paper'"),
         (("reproduce", "fig6", "--seeds", "0"), "greater than or equal to 1"),

@@ -359,6 +359,20 @@ def test_where_no_board_fits_no_place_is_claimed(other: dict[str, Any], put: Put
     assert standing(put({"autoattack": range(50)}, **{**fitting, **other})) == []
 
 
+def test_an_upper_bound_is_neither_compared_nor_placed(put: Put) -> None:
+    fitting = {"said": {"autoattack": {"version": "standard"}, "fgsm": {}}, "dataset": "cifar10"}
+    whole, other = (
+        put({"fgsm": range(40), "autoattack": range(50)}, defense=name, **fitting) for name in ("fat", "cat")
+    )
+    cut = {"bound": True, "stages": {"autoattack": {"apgd-ce": 50}}}
+    bound = other.model_copy(update={"result": other.result.model_copy(update=cut)})
+    attacks, left_out = compare._shared([whole, bound])
+    assert attacks == ["fgsm"]
+    assert left_out == {"autoattack": "of some it is an upper bound: examine with --tier full"}
+    assert standing(other)
+    assert standing(bound) == []
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from fatbench import beside, faces, leaderboard, publish, record
+from fatbench import beside, faces, leaderboard, protocol, publish, record
 from fatbench.errors import Refused
 from fatbench.quantities import number
 from fatbench.record import Record
@@ -209,6 +209,25 @@ def test_who_is_examined_under_fewer_attacks_is_not_ranked(put: Write, tables: A
     assert shown["#"].tolist() == ["1", "–", "–"]
     assert shown["PGD-20"].tolist()[1] == "–"
     assert shown["FGSM"].tolist()[2] == "–"
+
+
+def test_what_somebody_was_examined_under_besides_takes_no_rank_from_the_others(put: Write, tables: Any) -> None:
+    said = protocol.load("fatbench-linf")
+    house = {"protocol": said.name, "version": said.version}
+    whole = {"clean": 50, **dict.fromkeys(said.attacks, 30)}
+    put(whole, defense="fat", **house)
+    put({**whole, "pgd-50": 29, "pgd-20@16/255": 3}, defense="mart", **house)
+    put({"clean": 59, "fgsm": 58, "pgd-50": 57}, defense="standard", **house)
+    ((_, table),) = tables().items()
+    assert dict(zip(table["defense"], table["rank"].isna(), strict=True)) == {
+        "fat": False, "mart": False, "standard": True
+    }  # fmt: skip
+
+
+def test_a_budget_of_its_own_is_needed_for_no_rank(put: Write, tables: Any) -> None:
+    put({"clean": 50, "fgsm": 40, "fgsm@16/255": 20}, defense="mart")
+    put({"clean": 50, "fgsm": 39}, defense="fat")
+    assert not tables()[DIGITS]["rank"].isna().any()
 
 
 @pytest.mark.parametrize("status", ["failed: the loss was not finite at epoch 1, batch 2", "unfinished"])

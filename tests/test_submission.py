@@ -178,6 +178,7 @@ def test_the_same_board_has_no_changes(board: Path, root: Path, tmp_path: Path) 
     assert diff(tmp_path / "again", board) == []  # a board.json against the records that it was made of
     beside = [line for line in diff(tmp_path / "again", root / "leaderboard") if not line.startswith("+ ")]
     assert beside == []
+    assert [line for line in diff(root / "leaderboard", board) if "measured" not in line] == []
 
 
 def test_rows_that_came_went_or_changed_are_told(board: Path, tmp_path: Path) -> None:

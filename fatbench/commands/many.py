@@ -10,6 +10,7 @@ import typer
 
 from fatbench.commands.boards import derive, print_table
 from fatbench.commands.options import DatasetName, Device, Out, Scale, published_eps
+from fatbench.errors import Refused
 
 
 def demo(
@@ -104,6 +105,8 @@ def reproduce(
     from fatbench.paper.contestants import WORLDS, world
     from fatbench.paper.names import asked
 
+    if scale is Scale.paper and (tell or records):
+        raise Refused("--tell and --records judge what was made at --scale laptop; the paper's recipes are only run")
     here = None if tell or scale is Scale.paper else world(dataset or "digits")
     said, folders = asked(names, here), [out, *(records or [])]
     from fatbench.paper import reproduce as paper  # torch, for which a misspelt name need not wait

@@ -202,7 +202,7 @@ same commands with `--scale paper` train the paper's recipes on CIFAR-10 and SVH
         """\
 Real photographs and a small everything else: the first 10,000 training and the first 1,000 test images of CIFAR-10,
 eps {eps}, FAT's Small CNN at a quarter of its width (`narrow-cnn`), {budgets} epochs where the paper trains 60 to 120,
-bfloat16 while training and float32 while examining.""",
+bfloat16 while training and while attacks are made (what they found counts in float32 alone).""",
         """\
 The networks have a hundredth of the paper's weights, a fifth of its images and a tenth of its epochs: they underfit,
 and are far below the paper's and RobustBench's figures in everything. What may be concluded: which way a friendly
