@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from fatbench import checkpoint, data, devices, leaderboard, protocol, recipe, trainer
+from fatbench import checkpoint, data, devices, leaderboard, protocol, recipe, runs, trainer
 from fatbench.console import stderr
+from fatbench.errors import RunFailed
 from fatbench.evaluate import Examination, evaluate
 from fatbench.publish import publish
 from fatbench.recipe import Settings
@@ -49,8 +50,15 @@ def demo(
     for budget, seed, defense in product(eps, range(seeds), defenses):
         folder = out / "runs" / f"{defense}-eps{budget.replace('/', '_')}-epochs{epochs}-seed{seed}"
         wanted = settings(defense, eps=budget, epochs=epochs, seed=seed)
-        trainer.train(wanted, folder, device=device, resume=(folder / "settings.toml").exists())
-        for network in (folder, folder / "best.safetensors") if best else (folder,):
+        networks = [folder, folder / "best.safetensors"] if best else [folder]
+        try:
+            trainer.train(wanted, folder, device=device, resume=(folder / "settings.toml").exists())
+        except RunFailed as failure:  # it has a row that says so, and the others go on
+            if not runs.failed(folder):
+                raise
+            stderr.print(str(failure), soft_wrap=True)
+            networks = [folder]
+        for network in networks:
             task = Examination(checkpoint.load(network), digits, protocol.load(protocol.DEFAULT), budget)
             records.append(evaluate(task, out / "records", device=where))
             stderr.print(leaderboard.summary(records[-1]), soft_wrap=True)

@@ -143,14 +143,27 @@ def _reason(error: BaseException) -> str:
 
 
 def train_and_examine(folder: Path, device: str) -> None:
-    """A job's work: trains, going on where an earlier attempt was stopped; writes records beside the sweep's jobs/."""
+    """A job's work: trains, going on where an earlier attempt was stopped; writes records beside the sweep's jobs/.
+
+    A training that failed has its records too, which say so and hold no number: a board without them would show the
+    seeds that survived.
+    """
     from fatbench import trainer
 
     run, settings, records = folder / "run", runs.settings_in(folder), folder.resolve().parents[1] / "records"
     # A run that has failed stays failed when it is resumed; who launches its job again wants it tried again.
-    failed = (run / "done").exists() and read_json(run / "done", "end-of-run mark").get("status") == "failed"
-    trainer.train(settings, run, device=device, devices=settings.ranks, resume=not failed, force=failed)
-    for examination in _examinations(examine_in(folder), run):
+    again = runs.failed(run)
+    try:
+        trainer.train(settings, run, device=device, devices=settings.ranks, resume=not again, force=again)
+    except RunFailed:
+        if runs.failed(run):
+            _examine(folder, records, device)
+        raise
+    _examine(folder, records, device)
+
+
+def _examine(folder: Path, records: Path, device: str) -> None:
+    for examination in _examinations(examine_in(folder), folder / "run"):
         from fatbench import devices, evaluate
 
         evaluate.evaluate(examination, records, device=devices.fabric_on(device).device)

@@ -62,8 +62,12 @@ def _arrows(rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
         for at, row in enumerate(rows)
         for base in bases.get((row["table"], row["source"] == "measured", base_of(row["defense"])), ())
         if all(name not in row or rows[base].get(name, row[name]) == row[name] for name in ALIKE)
-        and row.get("variant", "").startswith(rows[base].get("variant", ""))  # "beta 6" and "beta 6, tau 2"
+        and _parts(rows[base]) <= _parts(row)  # "beta 6" and "beta 6, tau 2"
     ]
+
+
+def _parts(row: dict[str, Any]) -> set[str]:
+    return {part for part in row.get("variant", "").split(", ") if part}
 
 
 def _protocol(record: Record) -> str:

@@ -76,6 +76,12 @@ def settings_in(out: Path) -> Settings:
         raise Refused(f"{out / 'settings.toml'} is broken: {first_line(error)}; choose another --out") from None
 
 
+def failed(out: Path) -> bool:
+    """Whether the run in `out` has ended in failure."""
+    mark = out / "done"
+    return mark.exists() and bool(read_json(mark, "end-of-run mark").get("status") == "failed")
+
+
 def raise_if_failed(out: Path) -> None:
     """Raises RunFailed where the run in `out` has ended in failure."""
     mark = read_json(out / "done", "end-of-run mark")

@@ -203,6 +203,20 @@ def test_jobs_in_turn_end_as_jobs_alone_and_each_has_its_log(tmp_path: Path) -> 
     assert "holds no job" in (together[0].parent / "c" / "log.txt").read_text()
 
 
+def test_a_training_that_fails_has_a_row_without_a_number_and_the_others_have_theirs(
+    cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    text = 'defense = "fat"\nepochs = 1\nn_train = 100\nbatch_size = 16\nlr = 1e30\n[sweep]\nseed = [0, 1]\n'
+    path = grid(tmp_path, text + '[evaluate]\nattacks = ["fgsm"]\nn = 50\n')
+    done = cli("sweep", path, "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "2 of 2 runs are not done" in done.stderr
+    found = [read(path).result for path in (tmp_path / "sweep" / "records").glob("*.json")]
+    assert [one.network.status.split(":")[0] for one in found] == ["failed", "failed"]
+    assert [one.correct for one in found] == [{}, {}]
+    assert "failed: the loss was not finite" in (tmp_path / "sweep" / "board" / "board.csv").read_text()
+
+
 def test_a_sweep_in_the_background_that_is_killed_leaves_no_worker_behind(tmp_path: Path) -> None:
     path = grid(tmp_path, GRID.replace("epochs = 1", "epochs = 400"))
     process = subprocess.Popen(

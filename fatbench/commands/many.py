@@ -10,7 +10,7 @@ import typer
 
 from fatbench.commands.boards import derive, print_table
 from fatbench.commands.options import DatasetName, Device, Out, Scale, published_eps
-from fatbench.errors import Refused
+from fatbench.errors import Refused, RunFailed
 
 
 def demo(
@@ -54,12 +54,17 @@ def sweep(
     if only_print:
         typer.echo(sweeps.printed(folders, device))
         return
+    failed = None
     try:
         sweeps.work_through(folders, workers, device.split(","))
+    except RunFailed as some:  # of the others there is a board all the same, and of these a row
+        failed = some
     finally:
         typer.echo(sweeps.report(folders))
     if (out / "records").is_dir():
         derive(out / "records", out / "board", None)
+    if failed:
+        raise failed
 
 
 def status(out: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's folder.")] = Path("sweep")) -> None:
