@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fatbench import checkpoint, data, devices, files, protocol, recipe, trainer
+from fatbench import checkpoint, data, demo, devices, files, protocol, recipe, trainer
 from fatbench.attacks import Crafted
 from fatbench.defense import Verdict
 from fatbench.errors import Refused, RunFailed
@@ -439,3 +439,14 @@ def test_a_curriculum_by_validation_needs_some(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"cat decides by accuracy on validation: --set validation=0\.02"):
         trainer.train(settings("cat", sets=["validation=0"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_demo_whose_training_fails_has_a_row_that_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "LR", 1e30)
+    for _ in range(2):  # and again by the same command
+        (found,) = demo.demo(tmp_path, defenses=["standard"], epochs=1, device="cpu")
+        assert found.result.network.status.startswith("failed: the loss was not finite")
+        assert found.result.correct == {}
+    assert "failed" in (tmp_path / "board.csv").read_text()
