@@ -5,7 +5,6 @@ risen for `patience` epochs; then the best weights of the lesson come back and K
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -44,7 +43,7 @@ class Cat(Defense):
         self, model: nn.Module, x: Tensor, y: Tensor, k: int, eps: float, draws: Draws | None, size: float, **how: Any
     ) -> Crafted:
         """Strength k: k steps of 2 eps / k, times `size`; strength 0 is the clean image."""
-        start = self.start_at(draws) if k else partial(natural, draws=draws)
+        start = self.start_at(draws) if k else natural
         step = (2 * eps if self.step_size is None else step_of(self.step_size, eps)) / max(k, 1) * size
         return pgd(model, x, y, eps=eps, step_size=step, steps=k, start=start, **how)
 
