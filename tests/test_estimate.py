@@ -110,6 +110,14 @@ def test_arithmetic_is_that_of_the_convolutions_and_products() -> None:
     assert found.on_paper[1] == found.flop[1] / 100e12 / 3600
 
 
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("name", list(defenses))
+def test_every_defense_has_its_arithmetic_counted_in_either_mode(name: str, mode: str) -> None:
+    update, step = _counted(begun(name, sets=[f"mode={mode}"]), 6)
+    least, _ = _counted(begun("standard"), 6)
+    assert update >= least and (step > 0 or name == "standard")
+
+
 def test_a_storage_is_counted_once_and_until_its_graph_is_gone() -> None:
     run = begun("standard")
     x = torch.ones(1000, requires_grad=True)
