@@ -2,13 +2,13 @@
 
 The samples are paired, so a difference is told by those that only one of the two got right: McNemar's exact test for
 whether it is there, Newcombe's paired interval for how large it is (fatbench/stats.py). That weighs the test samples
-alone; what another training seed would change is weighed where each contestant brings several.
+alone. Where a contestant brings several training seeds, seeds and samples are weighed together (stats.contrast).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -17,8 +17,9 @@ import pandas as pd
 
 from fatbench.errors import Refused
 from fatbench.protocol import budget_of
+from fatbench.recipe import shared
 from fatbench.record import Record, read, read_outcomes
-from fatbench.stats import Paired, holm, welch
+from fatbench.stats import Contrast, Paired, contrast, holm
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,23 @@ class Pair:
 
     Attributes:
         seeds: For each measure, the paired counts of every pair of seeds; of one where a side has one.
-        p: For the worst case: McNemar's of one seed, Welch's over several; `adjusted` for being one of several pairs.
+        contrasts: For each measure, the difference over seeds and samples; empty where both sides have one seed.
+        p: For the worst case: the contrast's, or McNemar's of one seed a side; `adjusted` for being one of several
+            pairs.
         classes: class, n, both accuracies and their difference under the worst case; p adjusted over the classes.
     """
 
     first: Contestant
     second: Contestant
     seeds: dict[str, list[Paired]]
+    contrasts: dict[str, Contrast]
     p: float
     adjusted: float
     classes: pd.DataFrame = field(repr=False)
 
     @property
     def several(self) -> bool:
-        return len(self.seeds["worst"]) > 1
+        return bool(self.contrasts)
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,9 @@ def compare(sides: Sequence[Sequence[tuple[Record, pd.DataFrame]]]) -> Compariso
     names = _names([side[0][0] for side in sides])
     contestants = tuple(_contestant(name, side, attacks) for name, side in zip(names, sides, strict=True))
     raw = [_pair(a, b) for a, b in combinations(contestants, 2)]
-    adjusted = holm([p for *_, p, _ in raw])
-    pairs = tuple(Pair(a, b, seeds, p, q, classes) for (a, b, seeds, p, classes), q in zip(raw, adjusted, strict=True))
+    pairs = tuple(
+        replace(pair, adjusted=adjusted) for pair, adjusted in zip(raw, holm([pair.p for pair in raw]), strict=True)
+    )
     return Comparison(contestants, pairs, left_out)
 
 
@@ -130,14 +135,12 @@ def _same_samples(one: tuple[Record, pd.DataFrame], other: tuple[Record, pd.Data
 
 
 def _one_contestant(records: list[Record]) -> None:
-    def training(record: Record) -> dict[str, object]:
-        return {key: value for key, value in record.result.network.settings.items() if key != "seed"}
+    def told(record: Record) -> tuple[object, ...]:
+        network = record.result.network  # of foreign weights the settings are not known, but what they are for is
+        return shared(network.settings), network.selection, network.arch, network.defense, network.eps_train
 
     for record in records[1:]:
-        if (
-            training(record) != training(records[0])
-            or record.result.network.selection != records[0].result.network.selection
-        ):
+        if told(record) != told(records[0]):
             raise Refused(f"{records[0].id} and {record.id} are no seeds of one contestant: compare them with a space")
         if record.result.network.fingerprint == records[0].result.network.fingerprint:
             raise Refused(f"{records[0].id} and {record.id} are of the same weights: name each seed once")
@@ -191,18 +194,21 @@ def held(record: Record, outcomes: pd.DataFrame, attacks: Sequence[str]) -> pd.D
 # ------------------------------------------------------------------------------------------------ what differs
 
 
-def _pair(a: Contestant, b: Contestant) -> tuple[Contestant, Contestant, dict[str, list[Paired]], float, pd.DataFrame]:
+def _pair(a: Contestant, b: Contestant) -> Pair:
+    """Both, as if there were no other pair."""
+    measures = a.right[0].columns
     seeds = {
         measure: [paired(x[measure], y[measure]) for x, y in zip(a.right, b.right, strict=False)]
-        for measure in a.right[0].columns
+        for measure in measures
     }
-    several = min(len(a.right), len(b.right)) > 1
-    p = (
-        welch(*([100 * right["worst"].mean() for right in side.right] for side in (a, b)))
-        if several
-        else seeds["worst"][0].p
-    )
-    return a, b, seeds, p, _classes(a, b)
+    contrasts = {}
+    if max(len(a.right), len(b.right)) > 1:
+        contrasts = {
+            measure: contrast(*([right[measure].to_numpy() for right in side.right] for side in (a, b)))
+            for measure in measures
+        }
+    p = contrasts["worst"].p if contrasts else seeds["worst"][0].p
+    return Pair(a, b, seeds, contrasts, p, p, _classes(a, b))
 
 
 def paired(a: pd.Series, b: pd.Series) -> Paired:

@@ -82,6 +82,11 @@ def without_none(value: Any) -> Any:
     return value
 
 
+def shared(settings: dict[str, Any]) -> dict[str, Any]:
+    """What the runs of one contestant share, of a run's settings: all but the seed, and who says so."""
+    return {key: value for key, value in without_none(settings).items() if key not in ("seed", "source", "shape")}
+
+
 class Recipe(BaseModel):
     """What a recipe file says: settings at the top level, `[fields]` of the defense, and these."""
 

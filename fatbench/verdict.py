@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fatbench.compare import Comparison, Pair, differences
+from fatbench.compare import Comparison, Contestant, Pair, differences
 from fatbench.faces import escaped, title
 from fatbench.standing import standing
 from fatbench.stats import Paired, over_seeds
@@ -62,7 +63,11 @@ def _grid(table: pd.DataFrame) -> str:
 
 def _how(pair: Pair) -> str:
     if pair.several:
-        return "Medians over seeds, in percent; differences are first minus second, in points, seed by seed."
+        return (
+            "Means over seeds ± their standard deviation, in percent. Differences are first minus second, in points, "
+            "with a 95 % interval over seeds and samples together; p is of each measure alone, and seed by seed "
+            "McNemar's exact."
+        )
     return (
         "`both`, `first`, `second`, `neither`: how many samples both, only the first, only the second, or neither got "
         "right. Differences are first minus second, in points, with Newcombe's paired 95 % interval; p is McNemar's "
@@ -76,17 +81,22 @@ def _measures(pair: Pair) -> pd.DataFrame:
 
 def _measure(pair: Pair, name: str, found: list[Paired]) -> dict[str, str]:
     if pair.several:
-        medians = [over_seeds([100 * right[name].mean() for right in side.right]) for side in (pair.first, pair.second)]
-        told = [f"{middle:.1f} ± {spread:.1f}" for middle, spread in medians]
-        middle, spread = over_seeds(differences(pair, name).tolist())
+        told = [_over_seeds(side, name) for side in (pair.first, pair.second)]
+        difference = pair.contrasts[name]
         each = ", ".join(f"{100 * one.difference:+.1f} (p {p_value(one.p)})" for one in found)
-        rest = {"difference": f"{middle:+.1f} ± {spread:.1f}", "seed by seed": each}
+        rest = {"difference": difference.told(), "p": p_value(difference.p), "seed by seed": each}
     else:
         (one,) = found
         told = [f"{100 * right / one.n:.1f}" for right in (one.both + one.first, one.both + one.second)]
         rest = {key: str(count) for key, count in one._asdict().items()}
         rest |= {"difference": points(one), "p": p_value(one.p)}
     return {"under": title(name), **dict(zip((pair.first.name, pair.second.name), told, strict=True)), **rest}
+
+
+def _over_seeds(side: Contestant, measure: str) -> str:
+    """`57.1 ± 0.4`; of one seed `57.1`."""
+    accuracies = [100 * float(right[measure].mean()) for right in side.right]
+    return f"{fmean(accuracies):.1f}" + (f" ± {over_seeds(accuracies)[1]:.1f}" if len(accuracies) > 1 else "")
 
 
 def _classes(pair: Pair) -> pd.DataFrame:
@@ -114,6 +124,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             {
                 "first": pair.first.name, "second": pair.second.name, "p": pair.p, "adjusted": pair.adjusted,
                 "measures": {name: [_figures(found) for found in seeds] for name, seeds in pair.seeds.items()},
+                "contrasts": {name: found._asdict() for name, found in pair.contrasts.items()},
                 "classes": pair.classes.to_dict("records"), "verdict": verdict(pair, len(comparison.pairs)),
             }
             for pair in comparison.pairs
@@ -132,15 +143,15 @@ def _figures(found: Paired) -> dict[str, Any]:
 def verdict(pair: Pair, pairs: int) -> list[str]:
     """What may be said of two contestants, and what may not."""
     told = [_worst_case(pair, pairs)]
-    if pair.several:
+    single = [side.name for side in (pair.first, pair.second) if len(side.right) == 1]
+    if not single:
         given = ", ".join(f"{d:+.1f}" for d in differences(pair, "worst"))
         same = len({np.sign(d) for d in differences(pair, "worst")}) == 1
         told.append(f"Seed by seed the worst case differs by {given} points: {'one' if same else 'not one'} direction.")
     else:
-        told.append("At least one side is a single training run: this does not say what another seed would give.")
-    if not pair.several:
-        natural = pair.seeds["clean"][0]
-        told.append(f"Natural accuracy: {points(natural)}, p = {p_value(natural.p)}.")
+        told.append(f"{' and '.join(single)}: a single training run; this does not say what another seed would give.")
+    size, p = _size(pair, "clean")
+    told.append(f"Natural accuracy: {size}, p = {p_value(p)}.")
     for side in (pair.first, pair.second):
         doubts = dict.fromkeys(warning for record in side.records for warning in record.result.warnings)
         if doubts:
@@ -152,19 +163,15 @@ def verdict(pair: Pair, pairs: int) -> list[str]:
 
 def _worst_case(pair: Pair, pairs: int) -> str:
     adjusted = f", {p_value(pair.adjusted)} among {pairs} pairs (Holm)" if pairs > 1 else ""
-    if pair.several:
-        medians = [
-            over_seeds([100 * right["worst"].mean() for right in side.right])[0] for side in (pair.first, pair.second)
-        ]
-        size = f"median {medians[0]:.1f} against {medians[1]:.1f} over {len(pair.seeds['worst'])} seeds"
-        test, ahead = f"Welch's t over seeds p = {p_value(pair.p)}", medians[0] - medians[1]
-    else:
-        found = pair.seeds["worst"][0]
-        size, test, ahead = points(found), f"McNemar's exact p = {p_value(pair.p)}", found.difference
+    size, _ = _size(pair, "worst")
+    ahead = pair.contrasts["worst"].middle if pair.several else pair.seeds["worst"][0].difference
+    test = ("over seeds and samples" if pair.several else "McNemar's exact") + f" p = {p_value(pair.p)}"
     if pair.adjusted < LEVEL and ahead:
         winner, other = (pair.first, pair.second) if ahead > 0 else (pair.second, pair.first)
-        who = (winner.name, other.name) if pair.several else (f"This {winner.name} network", f"this {other.name} one")
-        return f"{who[0]} is more robust than {who[1]} in the worst case: {size}; {test}{adjusted}."
+        return (
+            f"{_subject(winner, 'This', 'network')} is more robust than {_subject(other, 'this', 'one')} in the worst "
+            f"case: {size}; {test}{adjusted}."
+        )
     missed = 100 * pair.seeds["worst"][0].detectable()
     # Without a single sample that only one got right there is nothing to reckon the power from.
     power = (
@@ -175,6 +182,22 @@ def _worst_case(pair: Pair, pairs: int) -> str:
         f"{pair.first.name} and {pair.second.name} are not told apart in the worst case: {size}; {test}{adjusted}."
         f"{power if missed and not pair.several else ''}"
     )
+
+
+def _subject(side: Contestant, this: str, one: str) -> str:
+    """A defense by its name where it has several seeds, else one network of it."""
+    return side.name if len(side.right) > 1 else f"{this} {side.name} {one}"
+
+
+def _size(pair: Pair, measure: str) -> tuple[str, float]:
+    """(the difference in words, its p) under a measure."""
+    if not pair.several:
+        found = pair.seeds[measure][0]
+        return points(found), found.p
+    found_over = pair.contrasts[measure]
+    first, second = (_over_seeds(side, measure) for side in (pair.first, pair.second))
+    counts = " and ".join(str(len(side.right)) for side in (pair.first, pair.second))
+    return f"{first} against {second} over {counts} seeds, {found_over.told()} points", found_over.p
 
 
 def points(found: Paired) -> str:

@@ -17,12 +17,13 @@ from scipy import stats
 from fatbench import recipe, record
 from fatbench.errors import Refused, Unknown
 from fatbench.paper import drawn, names, report, reproduce, verdicts
-from fatbench.paper.claims import Claim, Interval, contrast, mean_interval, not_below, sided, trend, within
+from fatbench.paper.claims import Claim, Interval, mean_interval, not_below, sided, trend, within
 from fatbench.paper.contestants import DIGITS, REDUCED, WORLDS, Contestant, World, world
 from fatbench.paper.experiment import at
 from fatbench.paper.experiments import EXPERIMENTS, SAME
 from fatbench.paper.pool import Pool
 from fatbench.quantities import number
+from fatbench.stats import contrast
 
 N = 200
 Put = Callable[..., None]
@@ -99,14 +100,14 @@ def test_a_contrast_is_its_formula() -> None:
 def test_a_contrast_turns_round_with_its_sides_and_knows_no_difference_from_itself() -> None:
     first, second = outcomes([150, 160]), outcomes([140, 130])
     one, other = contrast(first, second), contrast(second, first)
-    assert other == pytest.approx((-one.middle, -one.high, -one.low))
+    assert other == pytest.approx((-one.middle, -one.high, -one.low, one.p))
     same = contrast(outcomes([150]), outcomes([150]))
-    assert same == (0, 0, 0)
+    assert same == (0, 0, 0, 1)
     alone = contrast(outcomes([150]), outcomes([140]))
     paired = stats.t.interval(
         0.95, N - 1, 5, np.std(100 * (np.arange(N) < 150) - 100 * (np.arange(N) < 140), ddof=1) / N**0.5
     )
-    assert alone[1:] == pytest.approx(paired)
+    assert alone[1:3] == pytest.approx(paired)
 
 
 def test_a_planted_difference_is_found_and_a_planted_null_is_not() -> None:
@@ -115,8 +116,8 @@ def test_a_planted_difference_is_found_and_a_planted_null_is_not() -> None:
     def drawn(mean: float) -> list[np.ndarray]:
         return [rng.random(1000) < mean + rng.normal(0, 0.01) for _ in range(3)]
 
-    null = [sided(*contrast(drawn(0.5), drawn(0.5))[1:]) for _ in range(300)]
-    planted = [sided(*contrast(drawn(0.6), drawn(0.5))[1:]) for _ in range(100)]
+    null = [sided(*contrast(drawn(0.5), drawn(0.5))[1:3]) for _ in range(300)]
+    planted = [sided(*contrast(drawn(0.6), drawn(0.5))[1:3]) for _ in range(100)]
     assert sum(verdict != "undecided" for verdict in null) <= 0.08 * 300
     assert sum(verdict == "holds" for verdict in planted) >= 90
 

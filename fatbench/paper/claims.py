@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 Verdict = Literal["holds", "does not hold", "undecided"]
 
 
@@ -75,35 +73,6 @@ class Interval(NamedTuple):
     def told(self, form: str = "+.1f") -> str:
         """`+1.2 [+0.4, +2.0]`"""
         return f"{self.middle:{form}} [{self.low:{form}}, {self.high:{form}}]"
-
-
-def contrast(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> Interval:
-    """The difference of two contestants' accuracies, in points, over training seeds and test examples.
-
-    d = mean over seeds of the first - mean over seeds of the second,
-    SE^2 = s_1^2 / k_1 + s_2^2 / k_2 + var_i(d_i) / n,
-    s^2 the variance of accuracies over k training seeds and d_i an example's mean difference over seeds; the interval
-    is a t's, with the degrees of freedom of Welch and Satterthwaite. Of one seed it speaks of that network alone.
-
-    Args:
-        first, second: For each seed (n,) whether each test example is still classified rightly, or the share of two
-            networks that do; the same n.
-    """
-    from scipy.stats import t
-
-    means = [100 * np.mean(side, axis=0) for side in (first, second)]
-    each = means[0] - means[1]
-    parts = [(float(np.var(each, ddof=1)) / len(each), len(each) - 1)]
-    for side in (first, second):
-        if len(side) > 1:
-            parts.append((float(np.var([100 * right.mean() for right in side], ddof=1)) / len(side), len(side) - 1))
-    square = sum(part for part, _ in parts)
-    middle = float(each.mean())
-    if not square:
-        return Interval(middle, middle, middle)
-    freedom = square**2 / sum(part**2 / own for part, own in parts)
-    reach = float(t.ppf(0.975, freedom)) * math.sqrt(square)
-    return Interval(middle, middle - reach, middle + reach)
 
 
 def trend(x: Sequence[float], y: Sequence[float]) -> Interval:

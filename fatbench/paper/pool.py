@@ -16,7 +16,7 @@ from fatbench.compare import held
 from fatbench.errors import Refused
 from fatbench.files import digest
 from fatbench.paper.contestants import Contestant, World
-from fatbench.recipe import Settings, without_none
+from fatbench.recipe import Settings, shared
 from fatbench.record import Record, Training, read, read_outcomes
 
 
@@ -152,9 +152,8 @@ def _house() -> tuple[str, int]:
 
 
 def _key(settings: Settings) -> str:
-    """What the runs of one contestant share: all but the seed, and who says so."""
-    said = without_none(settings.model_dump(mode="json"))
-    return digest({key: value for key, value in said.items() if key not in ("seed", "source", "shape")})
+    """One for all the runs of one contestant."""
+    return digest(shared(settings.model_dump(mode="json")))
 
 
 def same_examples(one: Seeds, other: Seeds) -> None:

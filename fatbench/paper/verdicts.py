@@ -19,7 +19,6 @@ from fatbench.paper.claims import (
     Finding,
     Interval,
     Verdict,
-    contrast,
     mean_interval,
     not_below,
     sided,
@@ -28,7 +27,7 @@ from fatbench.paper.claims import (
 )
 from fatbench.paper.contestants import Contestant, World
 from fatbench.paper.pool import Pool, Seeds, same_examples
-from fatbench.stats import over_seeds
+from fatbench.stats import contrast, over_seeds
 
 # What "not below" and "no more than" may be off by, in percentage points.
 MARGIN = 1.0
@@ -63,7 +62,8 @@ def versus(claim: Claim, first: At, second: At, measure: str, margin: float | No
             return None
         same_examples(*sides)
         difference = contrast(sides[0].outcomes(attack), sides[1].outcomes(attack))
-        verdict = sided(*difference[1:]) if margin is None else not_below(*difference[1:], margin)
+        bounds = difference.low, difference.high
+        verdict = sided(*bounds) if margin is None else not_below(*bounds, margin)
         told = ", ".join(f"{side.contestant.name} {_mean(side, attack)}" for side in sides)
         verdict, more = (verdict, "") if attack == "clean" else _without_constants(verdict, sides)
         return verdict, f"{title(attack)}: {told}; difference {difference.told()}{more}", sides
@@ -92,7 +92,8 @@ def alike(claim: Claim, first: At, second: At, measure: str, margin: float = PLA
             return None
         difference = contrast(sides[0].outcomes(measure), sides[1].outcomes(measure))
         told = ", ".join(f"{side.contestant.name} {_mean(side, measure)}" for side in sides)
-        return within(*difference[1:], margin), f"{title(measure)}: {told}; difference {difference.told()}", sides
+        verdict = within(difference.low, difference.high, margin)
+        return verdict, f"{title(measure)}: {told}; difference {difference.told()}", sides
 
     return Test(claim, judge)
 
@@ -233,7 +234,7 @@ def at_equal_cost(claim: Claim, frugal: At, lavish: Callable[[World], list[Conte
             for side in (first, below, above)
         )
         said = f"{title(measure)}: {told}; difference at equal cost {difference.told()}"
-        return not_below(*difference[1:], MARGIN), said, [first, below, above]
+        return not_below(difference.low, difference.high, MARGIN), said, [first, below, above]
 
     return Test(claim, judge)
 
