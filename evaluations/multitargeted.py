@@ -59,13 +59,18 @@ def lead(logits: Tensor, pair: Tensor) -> Tensor:
 
 @dataclass
 class _Misled(StopRule):
-    """Stops who is misclassified, and remembers the best margin (N,) that each example came to."""
+    """Stops whom the network itself misclassifies, and remembers the best margin (N,) that each example came to."""
 
-    y: Tensor
+    chunk: Chunk
     best: Tensor
+    asked: int = 0
 
     def __call__(self, now: Now) -> Tensor:
         found = margin(now.logits.detach(), now.y)
+        logits, asked = self.chunk.judged(now.x_adv, now.logits, found > 0)
+        if asked:
+            found = margin(logits, now.y)
+        self.asked += asked
         self.best[now.which] = torch.maximum(self.best[now.which], found)
         return found > 0
 
@@ -106,7 +111,7 @@ class _Hunt:
             return
         part, first, steps = self.chunk.part(which.cpu().numpy()), step_of(self.how.step_size, self.eps), self.how.steps
         pairs = None if target is None else torch.stack([self.rivals[which, target], part.y], dim=1)
-        seen = _Misled(part.y, self.best[which])
+        seen = _Misled(part, self.best[which])
         made = pgd(
             self.model, part.x, part.y, eps=self.eps, step_size=lambda k: first * (1 - k / steps), steps=steps,
             objective=Objective(margin) if pairs is None else Objective(lead, pairs),
@@ -115,11 +120,11 @@ class _Hunt:
         final = margin(self._logits(made.x_adv), part.y)  # nobody was asked after the last step
         self.best[which] = torch.maximum(seen.best.clamp(max=0), final)
         self.x_adv[which] = torch.where((final > 0)[:, None, None, None], made.x_adv, self.x_adv[which])
-        self.forwards += made.forwards
+        self.forwards += made.forwards + seen.asked
         self.backwards += made.backwards
 
     @torch.no_grad()
     def _logits(self, x: Tensor) -> Tensor:
         self.forwards += len(x)
-        logits: Tensor = self.model(x)
+        logits: Tensor = (self.chunk.judge or self.model)(x)
         return logits

@@ -1,6 +1,6 @@
 """PGD-N: projected gradient ascent, last iterate (Madry et al., ICLR 2018), as its users report it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
@@ -8,9 +8,22 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fatbench.attacks import STARTS, Crafted, Friendly, Objective, cross_entropy, cw_margin, pgd
+from fatbench.attacks import STARTS, Crafted, Now, Objective, StopRule, cross_entropy, cw_margin, pgd
 from fatbench.evaluation import Attacked, Chunk, Evaluation, Work
 from fatbench.quantities import NonNegative, StepSize, step_of
+
+
+@dataclass
+class _Misled(StopRule):
+    """Stops who is misclassified by the network itself: of whom a copy calls misled it is asked."""
+
+    chunk: Chunk
+    asked: int = 0
+
+    def __call__(self, now: Now) -> Tensor:
+        logits, asked = self.chunk.judged(now.x_adv, now.logits, now.logits.argmax(dim=1) != now.y)
+        self.asked += asked
+        return logits.argmax(dim=1) != now.y
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,7 @@ class Pgd(Evaluation):
         runs = [self._run(model, chunk, eps, restart) for restart in range(self.restarts)]
         x_adv = runs[0].x_adv
         for run in runs[1:]:  # of several restarts, the first that misleads counts
-            x_adv = torch.where(self._right(model, x_adv, chunk.y), run.x_adv, x_adv)
+            x_adv = torch.where(self._right(chunk.judge or model, x_adv, chunk.y), run.x_adv, x_adv)
         checks = (self.restarts - 1) * len(chunk.x)
         return Attacked(x_adv, sum(r.forwards for r in runs) + checks, sum(r.backwards for r in runs))
 
@@ -63,12 +76,12 @@ class Pgd(Evaluation):
         begin = partial(STARTS[self.start], draws=chunk.draws(restart), clamp=self.clamp_start)
         left, known = (self.steps - past, point) if past <= self.steps else (self.steps, None)
         start = begin if known is None else lambda x, eps: known
-        stop = Friendly(0, chunk.y) if self.iterate == "best" else None
+        stop = _Misled(chunk) if self.iterate == "best" else None
         run = pgd(
             model, chunk.x, chunk.y, eps=eps, step_size=path[2], steps=left, objective=path[0], start=start, stop=stop
         )
         chunk.scratch[path] = (self.steps, run.x_adv)
-        return run
+        return replace(run, forwards=run.forwards + (stop.asked if stop else 0))
 
     @staticmethod
     @torch.no_grad()

@@ -56,6 +56,7 @@ class Chunk:
         classes: How many logits the network has.
         seed: The examination's seed.
         craft: A swifter copy of the network, on which an attack may craft; what it finds there may not hold.
+        judge: The network itself, where an attack is handed that copy in its place.
         scratch: What one attack leaves for the next on this chunk: PGD-100 goes on from where PGD-20 stopped.
         shared: As scratch, and handed on to the chunk's parts.
     """
@@ -66,12 +67,23 @@ class Chunk:
     classes: int
     seed: int
     craft: nn.Module | None = None
+    judge: nn.Module | None = None
     scratch: dict[Any, Any] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
 
     def draws(self, restart: int = 0) -> Draws:
         """Random starts keyed by (seed, kind of start, restart, example): never by attack name, batch or rank."""
         return Draws(("evaluation", self.seed), self.indices).restart(restart)
+
+    @torch.no_grad()
+    def judged(self, x: Tensor, logits: Tensor, which: Tensor) -> tuple[Tensor, int]:
+        """Logits (M, classes) that are the judge's own wherever `which` (M,) bool asks, and how many it asks for."""
+        if self.judge is None:
+            return logits, 0
+        rows = which.nonzero().squeeze(1)
+        if not len(rows):
+            return logits, 0
+        return logits.detach().index_copy(0, rows, self.judge(x[rows].detach()).to(logits.dtype)), len(rows)
 
     def part(self, which: np.ndarray) -> Chunk:
         """Some of its examples, by place; an example's starts stay its own."""

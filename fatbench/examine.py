@@ -116,11 +116,17 @@ class _Bench:
             raise Refused("the network does not keep its answers in bfloat16: leave --attack-precision out")
         return copy
 
+    @property
+    def _on_copy(self) -> bool:
+        """Whether attacks that come in no stages are handed the copy in the network's place."""
+        return self.task.attack_precision != "float32" and self.craft is not None
+
     def chunk(self, number: int) -> Chunk:
         if self._held is None or self._held[0] != number:
             task, rows = self.task, self._rows(number)
             y = task.data.y_test[rows].to(self.device, torch.int64)
-            chunk = Chunk(self._images(number), y, rows, task.data.classes, task.seed, self.craft)
+            judge = self.model if self._on_copy else None
+            chunk = Chunk(self._images(number), y, rows, task.data.classes, task.seed, self.craft, judge)
             self._held = number, chunk
         return self._held[1]
 
@@ -159,8 +165,8 @@ class _Bench:
         elif isinstance(examiner, Staged):
             found = examiner.stage(step.stage, self.model, chunk, eps)
         else:
-            own = self.task.attack_precision == "float32" or chunk.craft is None
-            found = examiner.attack(self.model if own else chunk.craft, chunk, eps)  # type: ignore[arg-type]
+            handed = self.craft if self._on_copy and self.craft is not None else self.model
+            found = examiner.attack(handed, chunk, eps)
         predictions, broken, invalid = verified(self.model, chunk.x, found.x_adv, chunk.y, eps)
         out = (f"{invalid} examples lay outside the ball or [0, 1] and were not counted",) if invalid else ()
         entry = {

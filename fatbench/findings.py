@@ -65,13 +65,10 @@ def gathered(
             broke[attack] = {stage: int((fell == k).sum()) for k, stage in enumerate(stages, start=1)}
             costs[attack]["stages"] = {stage: _cost(ledger, attack, (stage,)) for stage in stages}
     told = (
-        (step.attack, warning) for step, entry in ledger.entries.items()
-        if step.stage in (attacks.get(step.attack, ()) or ("",)) and step.attack in attacks
-        for warning in entry["warnings"]
+        f"{attack}: {warning}" for attack, stages in attacks.items() for stage in stages or ("",)
+        for entry in _of(ledger, attack, stage) for warning in entry["warnings"]
     )  # fmt: skip
-    order = list(attacks)
-    heard = sorted(dict.fromkeys(told), key=lambda t: order.index(t[0]))
-    warnings = [f"{attack}: {warning}" for attack, warning in heard]
+    warnings = list(dict.fromkeys(told))  # in this order, whoever did the steps
     warnings += [f"{name}: {doubt['said']}" for name, doubt in doubts.items() if doubt["fired"]]
     for attack, fell_to in broke.items():
         if "square" in fell_to:

@@ -47,8 +47,14 @@ class Ledger:
         head = {"plan": plan, "format": FORMAT}
         if lines and lines[0] != head:
             raise Refused(f"{path} belongs to another examination or fatbench: choose another --out, or remove it")
-        entries = {Step(e["chunk"], e["attack"], e["stage"]): e for e in lines[1:]}
-        self.entries = {step: entry for step, entry in entries.items() if self._kept(step, entry)}
+        self.entries: dict[Step, dict[str, Any]] = {}
+        torn = set()  # chunks of which a step is lost: what came after it hangs on how it ends this time
+        for entry in lines[1:]:
+            step = Step(entry["chunk"], entry["attack"], entry["stage"])
+            if not self._kept(step, entry):
+                torn.add(step.chunk)
+            if step.chunk not in torn:
+                self.entries[step] = entry
         self.resumed = len(self.entries)
         # Where a kill cut a line off, what can be read is what was done.
         write_text(path, "".join(canonical(line) + "\n" for line in (head, *self.entries.values())))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from fatbench.attacks import pgd
 from fatbench.checkpoint import Subject
 from fatbench.errors import Refused
 from fatbench.evaluate import Examination, evaluate
+from fatbench.evaluation import Chunk, examiner, verified
 from fatbench.projection import projected
 from fatbench.protocol import Protocol
 from fatbench.registry import evaluations
@@ -175,6 +177,37 @@ def test_what_only_the_copy_calls_broken_goes_on_standing(
     assert misled.correct["autoattack"] == misled.correct["clean"]
     again = evaluate(task(net, digits, n=24), tmp_path / "again").result
     assert 0 < again.correct["autoattack"] >= honest.correct["autoattack"]
+
+
+class Hasty(Pessimist):
+    """A copy that calls an example wrong before it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits - 1.5 * nn.functional.one_hot(logits.argmax(dim=1), logits.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("attack", "family"),
+    [
+        ("pgd-6", {"restarts": 3, "iterate": "best", "step_size": "eps/4"}),
+        ("pgd-6", {"restarts": 3, "step_size": "eps/4"}),
+        ("multitargeted", {"steps": 6, "targets": 2, "restarts": 4, "nearest": 0.5}),
+    ],
+)
+def test_an_attack_that_stops_at_a_success_asks_the_network_itself(
+    attack: str, family: dict[str, Any], net: nn.Module, digits: data.Data
+) -> None:
+    one, x, y = examiner(attack, family), digits.x_test[:40].contiguous(), digits.y_test[:40]
+    whole, copy = Chunk(x, y, np.arange(40), 10, 0), Hasty(net).eval()
+    found = {
+        "network": one.attack(net, whole, 0.1),
+        "copy": one.attack(copy, replace(whole, scratch={}), 0.1),
+        "judged": one.attack(copy, replace(whole, scratch={}, judge=net), 0.1),
+    }
+    fell = {who: int(verified(net, x, made.x_adv, y, 0.1)[1].sum()) for who, made in found.items()}
+    assert fell["copy"] < fell["judged"]
+    assert abs(fell["judged"] - fell["network"]) <= 2
 
 
 def test_bfloat16_that_a_network_does_not_bear_is_refused(net: nn.Module, digits: data.Data, tmp_path: Path) -> None:
