@@ -139,6 +139,8 @@ def load(
         network = models.Normalised(network, mean, std)
     # A user's network may do other things with the weights of ours: it goes by its own name.
     described = {**(meta or {"mean": mean, "std": std}), "arch": factory or arch}
+    if factory:
+        described["code"] = hashlib.sha256(Path(factory.rpartition(":")[0]).read_bytes()).hexdigest()
     return Subject(network.eval(), described, fingerprint(network), runs.told(source.parent) if meta else None)
 
 

@@ -148,7 +148,7 @@ def _said(ident: str, plan: dict[str, Any], found: Findings | None, run: dict[st
 
 def _same(path: Path, plan: dict[str, Any]) -> Record:
     record = read(path)
-    said = record.model_dump(mode="json")
+    said = record.said()
     theirs = {"protocol": said["protocol"], **{key: said["result"].get(key) for key in plan if key != "protocol"}}
     if digest(theirs) != digest(plan):
         raise Refused(f"{path} is the record of another examination: choose another --out")

@@ -159,4 +159,5 @@ def _network(subject: Subject) -> dict[str, Any]:
         "fields": settings.get("fields", {}), "settings": settings, "seed": settings.get("seed"),
         "eps_train": settings.get("eps"), "selection": meta.get("selection"), "epoch": meta.get("epoch"),
         "epochs": meta.get("epochs"), "status": meta.get("status", "done"),
+        **({"code": meta["code"]} if "code" in meta else {}),
     }  # fmt: skip

@@ -49,6 +49,9 @@ class Network(Strict):
     epoch: int | None = Field(description="epochs trained")
     epochs: int | None = Field(description="of so many")
     status: str = Field(description="done, unfinished, or failed: why; only done has a place on a table")
+    code: str | None = Field(
+        default=None, description="sha256 of the user's file that builds it, where one does; not of what that imports"
+    )
 
 
 class Examined(Strict):

@@ -11,6 +11,7 @@ import pickle
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -516,7 +517,8 @@ def test_a_factory_builds_the_network_that_the_weights_fill(foreign: tuple[Path,
     weights, file = foreign
     subject = checkpoint.load(weights, factory=f"{file}:make")
     assert equal(subject.model.state_dict(), torch.load(weights))
-    assert subject.meta == {"arch": f"{file}:make", "mean": None, "std": None}
+    code = sha256(file.read_bytes()).hexdigest()
+    assert subject.meta == {"arch": f"{file}:make", "mean": None, "std": None, "code": code}
     assert not subject.model.training
 
 
@@ -525,7 +527,8 @@ def test_a_users_network_on_our_weights_goes_by_its_own_name(net: nn.Module, pat
     layers = f"{type(net).__name__}({META['classes']}, {META['channels']})"
     (tmp_path / "mine.py").write_text(f"from fatbench.models import *\ndef make(): return {layers}\n")
     factory = f"{tmp_path / 'mine.py'}:make"
-    assert checkpoint.load(path, factory=factory).meta == {**checkpoint.load(path).meta, "arch": factory}
+    found = checkpoint.load(path, factory=factory).meta
+    assert found == {**checkpoint.load(path).meta, "arch": factory, "code": found["code"]}
 
 
 def test_a_network_that_is_an_attribute_of_its_module_is_filled_too(foreign: tuple[Path, Path]) -> None:

@@ -330,6 +330,17 @@ def test_a_finished_record_is_left_as_it_is(task: Examination, tmp_path: Path, m
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == before
 
 
+def test_a_users_network_is_another_one_when_its_file_says_something_else(task: Examination, tmp_path: Path) -> None:
+    def built_by(code: str) -> Record:
+        subject = replace(task.subject, meta={**task.subject.meta, "code": code})
+        return evaluate(replace(task, subject=subject), tmp_path)
+
+    first = built_by("a" * 64)
+    assert built_by("a" * 64) == first  # found again
+    assert first.result.network.code == "a" * 64
+    assert len({first.id, built_by("b" * 64).id, evaluate(task, tmp_path).id}) == 3
+
+
 def test_a_finished_record_of_another_examination_is_refused_and_kept(task: Examination, tmp_path: Path) -> None:
     done = evaluate(task, tmp_path)
     other = replace(task, seed=1)
