@@ -20,7 +20,7 @@ from fatbench import __version__, evidence
 from fatbench.devices import named
 from fatbench.errors import Refused
 from fatbench.examination import Examination
-from fatbench.examine import examine, fits
+from fatbench.examine import examine, fitting
 from fatbench.files import digest, disk, locked
 from fatbench.findings import Findings, collapsed, gathered
 from fatbench.ledger import Ledger
@@ -57,8 +57,7 @@ def evaluate(
         return record
     if state.failed:
         return write(out, _said(ident, plan, None, {}), None)
-    model = task.subject.model.to(device, torch.float32)
-    fits(model, task.data, device)
+    model = fitting(task, device)
     with disk(out):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out / f".{state.name}.lock", f"on {out / state.name}.json"):

@@ -61,15 +61,27 @@ def exact() -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-def fits(model: nn.Module, loaded: Data, device: torch.device | str) -> None:
-    """One image through the network: shape, number of classes, finite logits.
+def fitting(task: Examination, device: torch.device | str) -> nn.Module:
+    """The network to be examined, on its device, once it and the surrogate have been seen to fit.
+
+    Raises:
+        Refused: what does not fit.
+    """
+    for subject in filter(None, (task.surrogate, task.subject)):
+        model = subject.model.to(device, torch.float32)
+        fits(model, task.data, device, gradients=not task.outside)
+    return model
+
+
+def fits(model: nn.Module, loaded: Data, device: torch.device | str, *, gradients: bool = True) -> None:
+    """One image through the network: shape, number of classes, finite logits, and a gradient where one is needed.
 
     Raises:
         Refused: what does not fit.
     """
     try:
-        with crafting(model), torch.no_grad():
-            logits = model(loaded.x_test[:1].to(device, torch.float32))
+        with crafting(model):
+            logits = model(loaded.x_test[:1].to(device, torch.float32).requires_grad_())
     except Exception as error:  # the network may be anybody's code
         raise Refused(
             f"the network cannot take {loaded.info.name}'s images {loaded.shape}: {first_line(error)}"
@@ -83,6 +95,11 @@ def fits(model: nn.Module, loaded: Data, device: torch.device | str) -> None:
         raise Refused(f"the network answers with {answers} classes, {loaded.info.name} has {loaded.classes}")
     if not torch.isfinite(logits).all():
         raise Refused("the network's logits are not finite: its weights are broken")
+    if gradients and not logits.requires_grad:
+        raise Refused(
+            "the network's answers have no gradient (a detach, no_grad or argmax within), and attacks need one: give "
+            "a network without it, or examples made elsewhere with --external"
+        )
 
 
 @dataclass

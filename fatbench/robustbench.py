@@ -169,6 +169,8 @@ def benchmark(
         )
     if eps is None or (to_disk and model_name is None):
         raise Refused("benchmark needs eps, and model_name where to_disk is set")
+    if not 0 <= eps <= 1:
+        raise Refused(f"benchmark at eps {eps:g}: eps is a distance in pixel units, such as 8 / 255")
     loaded, budget = data.load(name, Path(data_dir)), _published(eps)
     subject = checkpoint.Subject(model, {"arch": model_name or type(model).__name__}, checkpoint.fingerprint(model))
     n = min(n_examples, len(loaded.y_test))

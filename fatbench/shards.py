@@ -19,7 +19,7 @@ from lightning_fabric import Fabric
 from fatbench.asked import Network, asked
 from fatbench.evaluate import State, evaluate
 from fatbench.examination import Examination
-from fatbench.examine import examine, fits
+from fatbench.examine import examine, fitting
 from fatbench.files import disk, locked, read_lines
 from fatbench.ledger import Ledger, Step
 from fatbench.record import Record
@@ -65,8 +65,7 @@ def _share_out(team: Team, task: Examination, out: Path, keep_examples: bool) ->
         return
     with ExitStack() as held:
         with team.together():
-            model = task.subject.model.to(team.fabric.device, torch.float32)
-            fits(model, task.data, team.fabric.device)
+            model = fitting(task, team.fabric.device)
             if team.first:
                 with disk(out):
                     out.mkdir(parents=True, exist_ok=True)

@@ -468,6 +468,11 @@ class Raises(nn.Module):
         raise ValueError("three channels only\nplease")
 
 
+class Deaf(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach().flatten(1)[:, :3]
+
+
 class Pair(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return torch.zeros(len(x), 3), None
@@ -485,8 +490,9 @@ class Pair(nn.Module):
         (lambda: broken(DigitsCNN(3, 1, 8), float("inf")), "not finite"),
         (Raises, "three channels only"),
         (Pair, "made-up"),
+        (Deaf, "have no gradient"),
     ],
-    ids=["more", "fewer", "colour", "size", "no logits", "NaN", "infinity", "raises", "a tuple"],
+    ids=["more", "fewer", "colour", "size", "no logits", "NaN", "infinity", "raises", "a tuple", "no gradient"],
 )
 def test_a_network_that_does_not_fit_is_refused(
     made: Callable[[], nn.Module], why: str, task: Examination, tmp_path: Path
@@ -494,6 +500,12 @@ def test_a_network_that_does_not_fit_is_refused(
     with pytest.raises(Refused, match=why) as refused:
         evaluate(replace(task, subject=subject(made().eval())), tmp_path / "out")
     assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_surrogate_that_does_not_fit_is_refused(task: Examination, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="answers with 4 classes"):
+        evaluate(replace(task, checked=True, surrogate=subject(DigitsCNN(4, 1, 8).eval())), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -219,6 +219,7 @@ def test_a_benchmark_of_robustbench_changes_one_import(
         ({"threat_model": "L2"}, "only cifar10 and cifar100 under Linf"),
         ({"dataset": "imagenet"}, "only cifar10 and cifar100 under Linf"),
         ({"eps": None}, "needs eps"),
+        ({"eps": 8}, "eps is a distance in pixel units"),
         ({"to_disk": True}, "model_name where to_disk"),
     ],
 )
