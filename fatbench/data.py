@@ -58,7 +58,7 @@ class Data:
         return sha.hexdigest()
 
     def split(self, share: float) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the training set for training and for validation, class-balanced, one split for all seeds."""
+        """Training rows to train on and to validate on, each class at its share; one split for all seeds."""
         order = balanced_order(self.y_train.numpy(), "validation")
         held = round(share * len(order))
         return np.sort(order[held:]), np.sort(order[:held])
@@ -130,7 +130,7 @@ def _checked(info: Dataset, x_train: Any, y_train: Any, x_test: Any, y_test: Any
 
 
 def take(data: Data, n_train: int | None) -> Data:
-    """The same dataset with n_train class-balanced training examples.
+    """The same dataset with n_train training examples, each class at its share.
 
     Raises:
         Refused: more than there are, or fewer than classes.

@@ -34,7 +34,7 @@ def shuffled(n: int, *key: object) -> np.ndarray:
 
 
 def balanced_order(y: np.ndarray, *key: object) -> np.ndarray:
-    """(N,) an order of the examples in which each class comes at even intervals: every beginning is class-balanced."""
+    """(N,) an order of the examples in which each class comes at even intervals: at its share of every beginning."""
     order = shuffled(len(y), *key)
     place = np.empty(len(y))
     for label in np.unique(y):

@@ -34,7 +34,7 @@ class Examination:
     Attributes:
         eps: As published.
         n: The first n test examples; as many as the protocol says where None, and all where that is silent.
-        balanced: A class-balanced draw of n instead.
+        balanced: A draw of n with each class at its share instead.
         chunk: Examples attacked together.
         tier: How much of the protocol is carried out; less than `full` gives an upper bound.
         checked: Whether the network is looked at for gradient masking (`doubts`).

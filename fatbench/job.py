@@ -35,7 +35,7 @@ class Examine(BaseModel):
     attacks: tuple[str, ...] = Field(default=(), description="fgsm, pgd-20, ... under the house protocol")
     eps: Eps | None = Field(default=None, description="the protocol's, or the run's, unless given")
     n: int | None = Field(default=None, ge=1, description="the first n test examples")
-    balanced: bool = Field(default=False, description="n class-balanced test examples instead")
+    balanced: bool = Field(default=False, description="n test examples, each class at its share, instead")
     seed: int = Field(default=0, ge=0, description="of random starts")
     attack_precision: Precision = Field(
         default="float32", description="what attacks are made in; every success is verified in float32"

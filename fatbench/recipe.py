@@ -45,7 +45,7 @@ class Settings(BaseModel):
     weight_decay: NonNegative = Field(default=2e-4, description="on all parameters, as in FAT, TRADES and MART")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of initial weights, order, crops and noise")
     n_train: int | None = Field(
-        default=None, ge=1, description="so many class-balanced training examples; all unless given"
+        default=None, ge=1, description="so many training examples, each class at its share; all unless given"
     )
     validation: float = Field(
         default=0.1, ge=0, lt=1,

@@ -72,7 +72,9 @@ class Samples(Strict):
     classes: int = Field(ge=2)
     n: int = Field(ge=1, description="examples examined")
     of: int = Field(ge=1, description="examples in the split")
-    rule: Literal["all", "first", "balanced"] = Field(description="which: all, the first n, or a class-balanced draw")
+    rule: Literal["all", "first", "balanced"] = Field(
+        description="which: all, the first n, or a draw with each class at its share"
+    )
 
 
 class Doubt(Strict):

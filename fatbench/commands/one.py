@@ -21,7 +21,7 @@ def train(
     lr: Annotated[str | None, typer.Option(help="Learning rate of SGD at the start.")] = None,
     eps: Eps = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order, crops and noise.")] = None,
-    n_train: Annotated[int | None, typer.Option(help="So many class-balanced training examples.")] = None,
+    n_train: Annotated[int | None, typer.Option(help="So many training examples, each class at its share.")] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting or a field; repeatable.")
     ] = None,
@@ -70,7 +70,7 @@ def evaluate(
     attacks: Annotated[str | None, typer.Option(help="fgsm,pgd-20,cw-inf,autoattack under the house protocol.")] = None,
     eps: Eps = None,
     n: Annotated[int | None, typer.Option("--n", help="The first N test examples.")] = None,
-    balanced: Annotated[bool, typer.Option("--balanced", help="N class-balanced test examples instead.")] = False,
+    balanced: Annotated[bool, typer.Option("--balanced", help="N test examples, each class at its share.")] = False,
     seed: Annotated[int, typer.Option(help="Of random starts.")] = 0,
     arch: Annotated[str | None, typer.Option(help="The network of foreign weights.")] = None,
     model: Annotated[
