@@ -23,10 +23,11 @@ from matplotlib.figure import Figure
 from fatbench import faces
 from fatbench.compare import held
 from fatbench.errors import Refused, unknown
-from fatbench.files import write_atomic
+from fatbench.files import canonical, write_atomic
 from fatbench.leaderboard import board, tables
 from fatbench.publish import slug
 from fatbench.quantities import number
+from fatbench.recipe import shared
 from fatbench.record import Record, read_outcomes
 
 # Okabe and Ito, without the yellow that paper swallows.
@@ -110,16 +111,31 @@ def styles() -> Iterator[dict[str, Any]]:
 
 
 def _rows(records: Sequence[Record]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
-    """The measured rows of each table that came to their end, named so that no two of a table share a name."""
+    """The measured rows of each table that came to their end; `ids` of the seeds that did."""
+    ended = {r.id for r in records if r.result.network.status == "done" and not r.result.collapsed}
     made = {}
     for key, table in tables(board(records)).items():
         rows = [{str(k): v for k, v in row.items()} for row in table[table["status"] == "done"].to_dict("records")]
-        names = [faces.named(row) for row in rows]
-        for row, name in zip(rows, names, strict=True):
-            more = f", {row['epochs']} epochs" if names.count(name) > 1 and not pd.isna(row["epochs"]) else ""
-            row["name"] = name + more + (f", {row['selection']}" if row["selection"] == "best" else "")
-        made[key] = rows
+        made[key] = [{**row, "ids": [one for one in row["ids"].split() if one in ended]} for row in rows]
     return made
+
+
+# What sets rows apart that their defense and its fields do not, and how a name says it.
+APART = {"eps_train": "eps {}", "epochs": "{} epochs", "arch": "{}", "selection": "{}"}
+
+
+def _names(rows: list[dict[str, Any]], *apart: str) -> list[str]:
+    """A name for each row: its defense, and of what is to be told apart that in which others of its name differ."""
+    names = [faces.named(row) for row in rows]
+    for column in apart or APART:
+        told = ["" if pd.isna(row[column]) else APART[column].format(row[column]) for row in rows]
+        seen: dict[str, set[str]] = {}
+        for name, one in zip(names, told, strict=True):
+            seen.setdefault(name, set()).add(one)
+        names = [
+            f"{name}, {one}" if one and len(seen[name]) > 1 else name for name, one in zip(names, told, strict=True)
+        ]
+    return names
 
 
 # ------------------------------------------------------------------------------------------------ training curves
@@ -129,7 +145,9 @@ def curves(records: Sequence[Record]) -> Drawn:
     """Validation accuracy and attack steps an example over the epochs: the median over seeds."""
     known = {record.id: record.training.curves for record in records if record.training and record.training.curves}
     for key, rows in _rows(records).items():
-        told = {row["name"]: [known[i] for i in row["ids"].split() if i in known] for row in rows}
+        told = {
+            name: [known[i] for i in row["ids"] if i in known] for name, row in zip(_names(rows), rows, strict=True)
+        }
         told = {name: seeds for name, seeds in told.items() if seeds}
         if not told:
             continue
@@ -157,14 +175,15 @@ def median_curve(seeds: Sequence[Sequence[float | None]]) -> tuple[np.ndarray, n
 
 def against_eps(records: Sequence[Record]) -> Drawn:
     """Worst-case accuracy against the budget of the attacks, of one training at several budgets, or trained at each."""
-    lines: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for (dataset, norm, _, protocol), rows in _rows(records).items():
-        for row in rows:
-            here = lines.setdefault((dataset, norm, protocol), {})
-            here.setdefault(f"{row['name']}, trained at {row['eps_train'] or 'no eps'}", []).append(row)
+        found.setdefault((dataset, norm, protocol), []).extend(rows)
+    for key, rows in found.items():
+        named: dict[str, list[dict[str, Any]]] = {}
+        for name, row in zip(_names(rows, "epochs", "arch", "selection"), rows, strict=True):
+            named.setdefault(f"{name}, trained at {row['eps_train'] or 'no eps'}", []).append(row)
             if row["eps_train"] == row["eps"]:
-                here.setdefault(f"{row['name']}, trained at each eps", []).append(row)
-    for key, named in lines.items():
+                named.setdefault(f"{name}, trained at each eps", []).append(row)
         several = {name: rows for name, rows in named.items() if len({row["eps"] for row in rows}) > 1}
         if not several:
             continue
@@ -180,23 +199,25 @@ def against_eps(records: Sequence[Record]) -> Drawn:
 
 def trade_off(records: Sequence[Record]) -> Drawn:
     """Natural and worst-case accuracy against a constant tau, of one friendly defense trained with several."""
-    taus = {record.id: record.result.network.fields.get("tau") for record in records}
+    networks = {record.id: record.result.network for record in records}
     for key, rows in _rows(records).items():
-        lines: dict[tuple[Any, ...], list[tuple[int, dict[str, Any]]]] = {}
+        lines: dict[str, list[tuple[int, dict[str, Any]]]] = {}
         for row in rows:
-            tau = taus[row["ids"].split()[0]]
+            network = networks[row["ids"][0]]
+            tau, others = network.fields.get("tau"), {k: v for k, v in network.fields.items() if k != "tau"}
             if isinstance(tau, int):
-                trained = row["defense"], row["eps_train"], row["epochs"], row["selection"]
-                lines.setdefault(trained, []).append((tau, row))
-        for trained, found in lines.items():
-            if len({tau for tau, _ in found}) < 2:
-                continue
+                said = {**shared(network.settings), "fields": others}
+                lines.setdefault(canonical([said, *(row[column] for column in APART)]), []).append((tau, row))
+        several = [found for found in lines.values() if len({tau for tau, _ in found}) > 1]
+        names = _names([{**found[0][1], "variant": ""} for found in several])
+        for number_, (name, found) in enumerate(zip(names, several, strict=True)):
             found.sort(key=lambda pair: pair[0])
-            with _figure(f"{trained[0]}, {faces.heading(key)}") as (figure, (axis,)):
+            with _figure(f"{name}, {faces.heading(key)}") as (figure, (axis,)):
                 for measure, label, style in zip(("clean", "worst"), ("natural", "worst case"), styles(), strict=False):
                     _bars(axis, [tau for tau, _ in found], [row for _, row in found], measure, label=label, **style)
                 axis.set(xlabel="tau", ylabel="accuracy, %", ylim=(0, 100), xticks=sorted({tau for tau, _ in found}))
-            yield slug((str(trained[0]), *key)) + f"-{trained[2]}", figure
+            again = f"-{number_ + 1}" if names.count(name) > 1 else ""  # other fields of theirs differ
+            yield slug((name, *key)) + again, figure
 
 
 def _bars(axis: Axes, x: list[Any], rows: list[dict[str, Any]], measure: str, **style: Any) -> None:
@@ -212,15 +233,15 @@ def _bars(axis: Axes, x: list[Any], rows: list[dict[str, Any]], measure: str, **
 
 def classes(records: Sequence[Record], folder: Path) -> Drawn:
     """Worst-case accuracy class by class, of a table's first rows; the median over seeds."""
-    known = {record.id: record for record in records if record.result.network.status == "done"}
+    known = {record.id: record for record in records}
     paths = {path.stem: path for path in sorted(folder.rglob("*.parquet"))}
     for key, rows in _rows(records).items():
         shown = [row for row in rows if not pd.isna(row["rank"])][:MOST]
         if not shown:
             continue
-        shares = [_by_class([(known[i], paths[i]) for i in row["ids"].split() if i in known]) for row in shown]
+        shares = [_by_class([(known[i], paths[i]) for i in row["ids"]]) for row in shown]
         with _figure(f"{faces.heading(key)}: worst case by class", wide=2) as (figure, (axis,)):
-            _side_by_side(axis, shares, [plain(row["name"]) for row in shown])
+            _side_by_side(axis, shares, [plain(name) for name in _names(shown)])
         yield slug(key), figure
 
 

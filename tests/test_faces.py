@@ -40,7 +40,7 @@ def put(tmp_path: Path) -> Put:
         selection: str = "last", fields: dict[str, Any] | None = None, training: Any = TRAINING, clean: int = 190,
         warnings: tuple[str, ...] = (), dataset: str = "digits", arch: str = "digits-cnn",
         status: str = "done", settings: dict[str, Any] | None = None, source: str = "these tests",
-        protocol: str = "house", weights: str | None = None,
+        protocol: str = "house", weights: str | None = None, collapsed: bool = False,
     ) -> Record:  # fmt: skip
         k = next(made)
         index = np.arange(N)
@@ -62,7 +62,7 @@ def put(tmp_path: Path) -> Put:
         result = {
             "network": network, "data": samples, "norm": "linf", "eps": eps, "eps_value": number(eps), "seed": 0,
             "chunk": 250, "correct": correct, "accuracies": {a: c / N for a, c in correct.items()}, "stages": {},
-            "collapsed": False, "outcomes": record.outcomes_hash(table), "warnings": warnings,
+            "collapsed": collapsed, "outcomes": record.outcomes_hash(table), "warnings": warnings,
         }  # fmt: skip
         said = {"name": protocol, "version": 1, "source": source, "attacks": {attack: {} for attack in right}}
         run = {"device": "cpu (x)"} | ({"training": training} if training else {})
@@ -366,13 +366,31 @@ def test_plots_are_drawn_where_there_is_something_and_the_same_to_the_byte(
     drawn = plots.draw(gathered(), tmp_path / "records", tmp_path / "one")
     names = {path.name for path in drawn}
     stems = {"curves-digits-linf-0.1-house-v1", "curves-digits-linf-0.3-house-v1", "eps-digits-linf-house-v1",
-             "tau-fat-digits-linf-0.3-house-v1-3", "classes-digits-linf-0.1-house-v1",
+             "tau-fat-digits-linf-0.3-house-v1", "classes-digits-linf-0.1-house-v1",
              "classes-digits-linf-0.3-house-v1"}  # fmt: skip
     assert names == {f"{stem}.{form}" for stem in stems for form in ("png", "svg")}
     plots.draw(gathered(), tmp_path / "records", tmp_path / "two")
     for path in drawn:
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
         assert b"Date" not in path.read_bytes()
+
+
+def test_trainings_that_differ_in_more_than_tau_have_figures_of_their_own(
+    put: Put, gathered: Any, tmp_path: Path
+) -> None:
+    for eps_train in ("0.1", "0.3"):
+        for tau in (0, 2):
+            put({"fgsm": 100 + 10 * tau}, fields={"tau": tau}, defense="fat", eps_train=eps_train)
+    drawn = plots.draw(gathered(), tmp_path / "records", tmp_path / "one", ["tau"])
+    stems = {f"tau-fat-eps-{eps}-digits-linf-0.3-house-v1" for eps in ("0.1", "0.3")}
+    assert {path.stem for path in drawn} == stems
+
+
+def test_a_seed_that_collapsed_is_in_no_figure(put: Put, gathered: Any, tmp_path: Path) -> None:
+    kept = put({"fgsm": 100}, defense="fat")
+    put({"fgsm": 100}, defense="fat", seed=1, collapsed=True)
+    ((row,),) = plots._rows(gathered()).values()
+    assert row["ids"] == [kept.id]
 
 
 def test_a_kind_is_drawn_alone_or_refused(put: Put, gathered: Any, tmp_path: Path) -> None:
