@@ -17,11 +17,12 @@ from scipy import stats
 from fatbench import recipe, record
 from fatbench.errors import Refused, Unknown
 from fatbench.paper import drawn, names, report, reproduce, verdicts
-from fatbench.paper.claims import Claim, Interval, mean_interval, not_below, sided, trend, within
+from fatbench.paper.claims import Claim, Finding, Interval, mean_interval, not_below, sided, trend, within
 from fatbench.paper.contestants import DIGITS, REDUCED, WORLDS, Contestant, World, world
 from fatbench.paper.experiment import at
 from fatbench.paper.experiments import EXPERIMENTS, SAME
 from fatbench.paper.pool import Pool
+from fatbench.paper.report import told
 from fatbench.quantities import number
 from fatbench.stats import contrast
 
@@ -39,7 +40,7 @@ def put(tmp_path: Path) -> Put:
     def write(
         whom: Contestant, seed: int, right: dict[str, int], *, clean: int = 190, selection: str = "last",
         status: str = "done", eps: str = "", steps: Sequence[float] = (), version: int | None = None,
-        folder: str = "records", offset: int = 0, on: World = DIGITS,
+        folder: str = "records", offset: int = 0, on: World = DIGITS, precision: str = "",
     ) -> None:  # fmt: skip
         k, index, eps = next(made), np.arange(N), eps or on.eps
         y, place = index % 10, (index + offset) % N
@@ -61,6 +62,7 @@ def put(tmp_path: Path) -> Put:
             "network": network, "data": samples, "norm": "linf", "eps": eps, "eps_value": number(eps), "seed": 0,
             "chunk": 250, "correct": correct, "accuracies": {a: c / N for a, c in correct.items()}, "stages": {},
             "collapsed": clean < 30, "outcomes": record.outcomes_hash(table), "warnings": (),
+            "attack_precision": precision or on.attack_precision,
         }  # fmt: skip
         said = {"name": "fatbench-linf", "version": version or 2, "source": "s", "attacks": {a: {} for a in right}}
         training = {
@@ -122,6 +124,18 @@ def test_a_planted_difference_is_found_and_a_planted_null_is_not() -> None:
     assert sum(verdict == "holds" for verdict in planted) >= 90
 
 
+def test_a_measurement_that_two_places_claim_counts_once() -> None:
+    def said(place: str, verdict: str = "holds") -> Finding:
+        return Finding(Claim("c", place, "a claim"), verdict, "1 [0, 2]", 9, 3, "15 epochs", "x")  # type: ignore[arg-type]
+
+    both = [said("Table 2"), said("Table 3"), said("Figure 16"), said("Figure 20", "undecided")]
+    assert told(both) == (
+        "3 findings: 2 hold, 0 do not hold, 1 are undecided"
+        " (rows that repeat one for another place of the paper: 1)"
+    )
+    assert told(both[1:]) == "3 findings: 2 hold, 0 do not hold, 1 are undecided"
+
+
 def test_a_trend_is_least_squares() -> None:
     x, y = [0.0, 1, 2, 3, 0, 1, 2, 3], [5.0, 4, 3.5, 2, 5.2, 3.9, 3, 2.5]
     found, fit = trend(x, y), stats.linregress(x, y)
@@ -175,7 +189,10 @@ def test_what_several_records_say_of_a_run_is_joined(put: Put, pool: Callable[[]
     ]
 
 
-@pytest.mark.parametrize("other", [{"selection": "best"}, {"status": "failed: NaN"}, {"eps": "0.2"}, {"version": 1}])
+@pytest.mark.parametrize(
+    "other",
+    [{"selection": "best"}, {"status": "failed: NaN"}, {"eps": "0.2"}, {"version": 1}, {"precision": "bf16"}],
+)
 def test_other_examinations_do_not_count(other: dict[str, Any], put: Put, pool: Callable[[], Pool]) -> None:
     put(FAT(DIGITS, 60), 0, {"pgd-20": 150}, **other)
     assert pool().of(FAT(DIGITS, 60), ["pgd-20"]) is None
@@ -260,6 +277,15 @@ def test_what_one_constant_answer_keeps_speaks_for_nobody(
         assert found == verdict
         assert "madry collapsed in every run" in said
     assert "collapsed" not in judged(verdicts.versus(CLAIM, FAT, MADRY, "clean"), pool())[1]
+
+
+def test_who_has_nothing_to_lose_is_not_said_to_lose_no_more_than_a_margin(put: Put, pool: Callable[[], Pool]) -> None:
+    for seed in range(3):
+        put(FAT(DIGITS, 60), seed, {"pgd-20": 0, "fgsm": 0})
+        put(MADRY(DIGITS, 60), seed, {"pgd-20": 2, "fgsm": 30})
+    for attack, verdict in (("pgd-20", "undecided"), ("fgsm", "does not hold")):
+        found, said = judged(verdicts.versus(CLAIM, FAT, MADRY, attack, 1), pool())
+        assert (found, "next to nothing to lose" in said) == (verdict, attack == "pgd-20")
 
 
 def test_accuracy_that_falls_along_tau_is_a_trend(put: Put, pool: Callable[[], Pool]) -> None:

@@ -135,12 +135,13 @@ def _known(settings: dict[str, Any]) -> Settings | None:
 
 
 def _usable(record: Record, world: World) -> bool:
-    """Whether it tells of a finished network's last epoch, under the house protocol, on all examples of this world."""
+    """Whether it tells of a finished network's last epoch, as this world examines, on all its examples."""
     result = record.result
     return (
         result.network.selection == "last" and result.network.status == "done" and not result.bound
         and result.data.name == world.dataset and result.data.rule == "all" and result.eps == world.eps
         and (record.protocol.name, record.protocol.version) == _house()
+        and result.attack_precision == world.attack_precision
     )  # fmt: skip
 
 

@@ -72,11 +72,25 @@ def table(found: Sequence[Finding]) -> str:
     return str(shown.to_markdown(index=False, disable_numparse=True))
 
 
+# On a laptop the same measurement as another place's: the paper varies starts or pictures, and the claim stands twice.
+REPEATS = {"Table 3": "Table 2", "Figure 11": "Figure 3"}
+
+
 def told(found: Sequence[Finding]) -> str:
-    """`31 findings: 12 hold, 9 do not, 10 are undecided`."""
-    counts = Counter(finding.verdict for finding in found)
+    """`31 findings: 12 hold, 9 do not hold, 10 are undecided`; what is claimed again of one measurement counts once."""
+    distinct = {
+        (
+            REPEATS.get(finding.claim.place, finding.claim.place),
+            finding.claim.text,
+            finding.budget,
+            finding.said,
+        ): finding
+        for finding in found
+    }
+    counts, again = Counter(finding.verdict for finding in distinct.values()), len(found) - len(distinct)
     hold, fail, undecided = counts["holds"], counts["does not hold"], counts["undecided"]
-    return f"{len(found)} findings: {hold} hold, {fail} do not hold, {undecided} are undecided"
+    more = f" (rows that repeat one for another place of the paper: {again})" if again else ""
+    return f"{len(distinct)} findings: {hold} hold, {fail} do not hold, {undecided} are undecided{more}"
 
 
 def text(sections: Sequence[Section], folder: str) -> str:

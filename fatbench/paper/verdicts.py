@@ -65,7 +65,10 @@ def versus(claim: Claim, first: At, second: At, measure: str, margin: float | No
         bounds = difference.low, difference.high
         verdict = sided(*bounds) if margin is None else not_below(*bounds, margin)
         told = ", ".join(f"{side.contestant.name} {_mean(side, attack)}" for side in sides)
-        verdict, more = (verdict, "") if attack == "clean" else _without_constants(verdict, sides)
+        if margin is not None and max(fmean(side.accuracies(attack)) for side in sides) <= margin:
+            verdict, more = "undecided", "; both have next to nothing to lose"
+        else:
+            verdict, more = (verdict, "") if attack == "clean" else _without_constants(verdict, sides)
         return verdict, f"{title(attack)}: {told}; difference {difference.told()}{more}", sides
 
     return Test(claim, judge)
