@@ -525,7 +525,7 @@ def test_each_world_has_its_section_and_its_plots(put: Put, tmp_path: Path) -> N
 def test_the_published_page_is_what_its_records_say(root: Path, tmp_path: Path) -> None:
     folders = [root / "docs" / "reproduction", root / "leaderboard" / "records"]
     out = tmp_path / "reproduction"
-    report.publish(names.names(), [reproduce.pooled(DIGITS, folders)], folders, out)
+    report.publish(names.names(), [reproduce.pooled(one, folders) for one in WORLDS], folders, out)
     assert (tmp_path / "reproduction.md").read_text() == (root / "docs" / "reproduction.md").read_text()
     published = {path.name for path in (root / "docs" / "reproduction" / "plots").iterdir()}
     assert {path.name for path in (out / "plots").iterdir()} == published
