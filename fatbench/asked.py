@@ -117,6 +117,8 @@ def asked(
         subject, loaded, said, _published(budget), n, checked=checked, surrogate=other, tier=tier,
         attack_precision=attack_precision, **more,
     )  # fmt: skip
+    if task.balanced and n is None:
+        raise Refused("--balanced draws N of the test examples: give --n too")
     if surrogate and not checked:
         raise Refused("--surrogate is for the checks: it goes with autoattack, or with --checks")
     if external:

@@ -118,6 +118,8 @@ def load(
     Raises:
         Refused: nothing there, an unfinished or failed run, a file of another kind, weights that do not fit.
     """
+    if arch and factory:
+        raise Refused(f"--model {factory} builds the network itself: leave --arch out")
     if source.is_dir():
         source = _of_run(source)
     if not source.is_file():

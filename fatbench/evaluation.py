@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from fatbench.defense import build, settings_of
 from fatbench.draws import Draws
 from fatbench.errors import Refused, unknown
+from fatbench.quantities import TOLERANCE
 from fatbench.registry import evaluations
-
-# How far outside the ball float32 may put an honest example: two units in the last place at 1.0.
-TOLERANCE = 2.0**-22
 
 
 class Attacked(NamedTuple):

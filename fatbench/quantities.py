@@ -13,6 +13,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+# How far outside the ball float32 may put an honest example: two units in the last place at 1.0.
+TOLERANCE = 2.0**-22
+
 
 def number(text: object) -> float:
     """`0.031`, `"8/255"` or `4` as a float; refuses what is not a finite number.

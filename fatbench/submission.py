@@ -12,10 +12,8 @@ from fatbench import protocol
 from fatbench.compare import held
 from fatbench.errors import Refused
 from fatbench.leaderboard import as_on_the_shelf
+from fatbench.quantities import TOLERANCE
 from fatbench.record import Record, read, read_outcomes
-
-# What float32 may add to an honest distance: fatbench/evaluate.py counts an example by the same measure.
-TOLERANCE = 2.0**-22
 
 
 @dataclass(frozen=True)
@@ -125,6 +123,8 @@ def _examples(record: Record, path: Path) -> list[str]:
     outcomes = read_outcomes(path.with_suffix(".parquet"))
     if loaded.fingerprint("test") != record.result.data.fingerprint:
         raise Refused(f"{path} was examined on another {record.result.data.name} than the one here")
+    if not outcomes["index"].between(0, len(loaded.x_test) - 1).all():
+        raise Refused(f"{path} tells of test examples that {record.result.data.name} does not have")
     x_adv, clean = tensors["x_adv"].numpy(), loaded.x_test.numpy()[outcomes["index"]]
     if x_adv.shape != clean.shape or tensors["index"].tolist() != outcomes["index"].tolist():
         raise Refused(f"{kept} holds {x_adv.shape}, and not one example for each of the record's {clean.shape}")

@@ -102,8 +102,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("evaluate", "nowhere", "--protocol", "fatbench"), "did you mean fatbench-linf"),
         (("evaluate", "nowhere", "--protocol", "fatbench-linf", "--attacks", "fgsm"), "give one"),
         (("evaluate", "nowhere", "--mean", "0.5"), "go together"),
+        (("evaluate", "nowhere", "--model", "mine.py:net", "--arch", "resnet-18"), "leave --arch out"),
         (("evaluate", "nowhere", "--mean", "a,b", "--std", "1,1"), "is not a number"),
         (("leaderboard", "nowhere"), "no folder of records"),
+        (("leaderboard", "nowhere", "--against", "records"), "--against is not for the board, but for check"),
+        (("leaderboard", "check", "a.json", "--with", "reported"), "--with is not for check, but for the board"),
+        (("leaderboard", "diff", "old", "new", "--out", "board"), "--out is not for diff, but for the board"),
         (("list", "everything"), "defenses"),
         (("show", "defense", "fast"), "did you mean fat"),
         (("show", "weather", "fat"), "unknown kind"),
@@ -121,6 +125,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("reproduce", "cost", "--scale", "paper"), "cost is not in the paper, and has no recipe"),
         (("reproduce", "fig6", "--scale", "moon"), "not one of 'laptop', 'paper'"),
         (("reproduce", "fig6", "--seeds", "0"), "greater than or equal to 1"),
+        (("reproduce", "fig6", "--out", "."), "give a folder a name"),
         (("frobnicate",), "No such command"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
@@ -138,6 +143,7 @@ def test_an_examination_refuses_what_does_not_fit(
     assert "cannot take made-up's images (3, 8, 8)" in refused("evaluate", run, "--dataset", colour)
     assert "digits has 360 test examples" in refused("evaluate", run, "--n", 361)
     assert "digits has 360 test examples" in refused("evaluate", run, "--n", 0)
+    assert "give --n too" in refused("evaluate", run, "--balanced")
     assert "autoattack has no steps" in refused("evaluate", run, "--attacks", "autoattack-3")
 
 

@@ -130,8 +130,7 @@ def test_a_measurement_that_two_places_claim_counts_once() -> None:
 
     both = [said("Table 2"), said("Table 3"), said("Figure 16"), said("Figure 20", "undecided")]
     assert told(both) == (
-        "3 findings: 2 hold, 0 do not hold, 1 are undecided"
-        " (rows that repeat one for another place of the paper: 1)"
+        "3 findings: 2 hold, 0 do not hold, 1 are undecided (rows that repeat one for another place of the paper: 1)"
     )
     assert told(both[1:]) == "3 findings: 2 hold, 0 do not hold, 1 are undecided"
 

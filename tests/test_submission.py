@@ -154,6 +154,21 @@ def test_adversarial_examples_beside_a_record_are_held_to_the_ball(one: Callable
     assert "is no safetensors file" in check([path])[0].refused
 
 
+def test_outcomes_of_examples_that_do_not_exist_are_refused(one: Callable[..., Path]) -> None:
+    path = one()
+    said = json.loads(path.read_text())
+    outcomes = pd.read_parquet(path.with_suffix(".parquet"))
+    outcomes["index"] += 1000
+    outcomes.to_parquet(path.with_suffix(".parquet"), index=False)
+    said["result"]["outcomes"] = record.outcomes_hash(outcomes)
+    said["hash"] = record.digest({key: said[key] for key in ("schema", "id", "protocol", "result")})
+    path.write_text(json.dumps(said))
+    tensors = {"x_adv": torch.zeros(360, 1, 8, 8), "index": torch.tensor(outcomes["index"].tolist())}
+    header = {"fatbench": json.dumps({"outcomes": said["result"]["outcomes"]})}
+    save_file(tensors, evidence.path(path.parent, said["id"]), metadata=header)
+    assert "tells of test examples that digits does not have" in check([path])[0].refused
+
+
 def test_the_command_says_each_and_refuses_if_one_is_refused(
     one: Callable[..., Path], cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, board: Path
 ) -> None:

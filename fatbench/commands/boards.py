@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def leaderboard(
+    context: typer.Context,
     asked: Annotated[
         list[str] | None,
         typer.Argument(metavar="[RECORDS | check FILE... | diff OLD NEW]", help="A folder; ./records unless given."),
@@ -32,6 +33,11 @@ def leaderboard(
     between two boards.
     """
     words = asked or []
+    what = words[0] if words[:1] in (["check"], ["diff"]) else "the board"
+    for option, takes in {"out": ["the board"], "beside": ["the board"], "against": ["check"]}.items():
+        if what not in takes and (source := context.get_parameter_source(option)) and source.name == "COMMANDLINE":
+            name = {"beside": "with"}.get(option, option)
+            raise Refused(f"--{name} is not for {what}, but for {takes[0]}: leave it out")
     if words[:1] == ["check"]:
         _check_submission([Path(word) for word in words[1:]], against)
     elif words[:1] == ["diff"]:

@@ -110,6 +110,8 @@ def reproduce(
     from fatbench.paper.contestants import WORLDS, world
     from fatbench.paper.names import asked
 
+    if out.name in ("", ".."):
+        raise Refused(f"--out {out}: the page is written beside the folder, under its name: give a folder a name")
     if scale is Scale.paper and (tell or records):
         raise Refused("--tell and --records judge what was made at --scale laptop; the paper's recipes are only run")
     here = None if tell or scale is Scale.paper else world(dataset or "digits")
