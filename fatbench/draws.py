@@ -28,6 +28,11 @@ def hashed(indices: np.ndarray, *key: object) -> np.ndarray:
         return mixed
 
 
+def seed_of(*key: object) -> int:
+    """A seed for torch's own stream, of 32 bits, for what cannot be keyed by example: dropout, a noisy network."""
+    return int(hashed(np.zeros(1), *key)[0] >> np.uint64(32))
+
+
 def shuffled(n: int, *key: object) -> np.ndarray:
     """(n,) int64: the order of n things under a key, the same on every platform and version."""
     return np.argsort(hashed(np.arange(n), "order", *key), kind="stable")

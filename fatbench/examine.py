@@ -17,6 +17,7 @@ from fatbench import console
 from fatbench.attacks import crafting
 from fatbench.data import Data
 from fatbench.doubts import EXAMPLES, Look, ask, learning
+from fatbench.draws import seed_of
 from fatbench.errors import Refused, first_line
 from fatbench.evaluation import Attacked, Chunk, Evaluation, Staged, Work, verified
 from fatbench.examination import DOUBTS, Examination
@@ -167,12 +168,14 @@ class _Bench:
         return examiner.work(step.stage, self.task.data.classes) if examiner else Work(1, 0)
 
     def outcome(self, step: Step) -> Outcome:
-        """A step's entry, and the examples that it broke."""
+        """A step's entry, and the examples that it broke; a network that draws random numbers has a step's own."""
         chunk = self.chunk(step.chunk)
-        if step.attack == DOUBTS:
-            return self._doubt(step.stage, chunk)
-        run, former = partial(self.attacked, step), self.task.former(step)
-        return run(chunk) if former is None else _on_standing(chunk, self.ledger.entries[former], run)
+        with torch.random.fork_rng(devices=[chunk.x.device] if chunk.x.device.type == "cuda" else []):
+            torch.manual_seed(seed_of("examined", self.task.seed, *step))
+            if step.attack == DOUBTS:
+                return self._doubt(step.stage, chunk)
+            run, former = partial(self.attacked, step), self.task.former(step)
+            return run(chunk) if former is None else _on_standing(chunk, self.ledger.entries[former], run)
 
     def attacked(self, step: Step, chunk: Chunk) -> Outcome:
         """One step on one chunk: predictions, and whom it broke, verified on the network itself."""

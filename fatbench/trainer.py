@@ -25,7 +25,7 @@ from fatbench import checkpoint, console, data, models, recipe, runs
 from fatbench.attacks import Crafted, pgd, uniform
 from fatbench.defense import Defense, Verdict
 from fatbench.devices import fabric_on, launched, named
-from fatbench.draws import Draws, hashed, shuffled
+from fatbench.draws import Draws, seed_of, shuffled
 from fatbench.errors import Refused, RunFailed, first_line
 from fatbench.figures import Tally, Yardstick, answers
 from fatbench.files import append_line, read_lines, write_atomic, write_json, write_text
@@ -174,7 +174,7 @@ class Run:
         return self.net if self.average is None else self.average
 
     def _seed(self, *purpose: object) -> int:
-        return int(hashed(np.zeros(1), self.settings.seed, *purpose)[0] >> np.uint64(32))
+        return seed_of(self.settings.seed, *purpose)
 
     # -------------------------------------------------------------------------------------------- the loop
 

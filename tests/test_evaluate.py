@@ -594,6 +594,31 @@ def test_the_network_and_the_random_stream_are_left_as_they_were(
     assert (np.random.get_state()[1] == streams[1]).all()  # noqa: NPY002
 
 
+class Noisy(nn.Module):
+    """A network whose answer is never quite the same."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x + 0.3 * torch.randn_like(x))
+        return logits
+
+
+def test_a_random_network_is_examined_to_the_same_outcome_again_and_after_a_kill(
+    task: Examination, net: nn.Module, tmp_path: Path
+) -> None:
+    noisy = replace(task, n=12, chunk=5, subject=subject(Noisy(net).eval()), protocol=QUICK.only(["fgsm", "pgd-3"]))
+    whole = evaluate(noisy, tmp_path / "whole")
+    torch.rand(7)
+    assert evaluate(noisy, tmp_path / "again").result == whole.result
+    cut_short(noisy, tmp_path / "killed", 4)
+    assert evaluate(noisy, tmp_path / "killed").result == whole.result
+    other = evaluate(replace(noisy, seed=1), tmp_path / "other").result
+    assert (other.outcomes, other.correct) != (whole.result.outcomes, whole.result.correct)
+
+
 def test_float32_is_float32_while_examining_and_afterwards_as_before(
     asking: Callable[..., Protocol], tmp_path: Path
 ) -> None:
