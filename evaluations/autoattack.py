@@ -12,7 +12,7 @@ from torch import nn
 
 from fatbench.autoattack import Watched, built, guarded, looked_at, perturbed, spares, stages
 from fatbench.errors import Refused
-from fatbench.evaluation import Attacked, Chunk, Staged, Work
+from fatbench.evaluation import NO_ROOM, Attacked, Chunk, Staged, Work
 from fatbench.projection import quick_projection
 
 
@@ -38,9 +38,7 @@ class AutoAttack(Staged):
                 # The batch stays one to the library, whose random numbers hang on it; only the network takes less.
                 at_once = min(chunk.shared.get("piece", len(chunk.x)), len(chunk.x))
                 if at_once == 1:
-                    raise Refused(
-                        "the device's memory does not hold one image's gradient: use another --device"
-                    ) from None
+                    raise Refused(NO_ROOM) from None
                 chunk.shared["piece"] = at_once // 2
 
     def _stage(self, stage: str, model: nn.Module, chunk: Chunk, eps: float) -> Attacked:

@@ -8,6 +8,7 @@ itself, keeps outcomes per example, and resumes.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,6 +21,8 @@ from fatbench.draws import Draws
 from fatbench.errors import Refused, unknown
 from fatbench.quantities import TOLERANCE
 from fatbench.registry import evaluations
+
+NO_ROOM = "the device's memory does not hold one image's gradient: use another --device"
 
 
 class Attacked(NamedTuple):
@@ -35,6 +38,18 @@ class Attacked(NamedTuple):
     forwards: int
     backwards: int
     warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Attacked]) -> Attacked:
+        """Consecutive parts of one chunk as one."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            torch.cat([part.x_adv for part in parts]),
+            sum(part.forwards for part in parts),
+            sum(part.backwards for part in parts),
+            tuple(dict.fromkeys(warning for part in parts for warning in part.warnings)),
+        )
 
 
 class Work(NamedTuple):

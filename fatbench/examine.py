@@ -19,7 +19,7 @@ from fatbench.data import Data
 from fatbench.doubts import EXAMPLES, Look, ask, learning
 from fatbench.draws import seed_of
 from fatbench.errors import Refused, first_line
-from fatbench.evaluation import Attacked, Chunk, Evaluation, Staged, Work, verified
+from fatbench.evaluation import NO_ROOM, Attacked, Chunk, Evaluation, Staged, Work, verified
 from fatbench.examination import DOUBTS, Examination
 from fatbench.ledger import Ledger, Step
 from fatbench.pace import WORTH_SAYING, Pace, human, timed
@@ -186,7 +186,7 @@ class _Bench:
             found = examiner.stage(step.stage, self.model, chunk, eps)
         else:
             handed = self.craft if self._on_copy and self.craft is not None else self.model
-            found = examiner.attack(handed, chunk, eps)
+            found = self._as_memory_allows(examiner, handed, chunk, eps)
         predictions, broken, invalid = verified(self.model, chunk.x, found.x_adv, chunk.y, eps)
         out = (f"{invalid} examples lay outside the ball or [0, 1] and were not counted",) if invalid else ()
         entry = {
@@ -196,12 +196,28 @@ class _Bench:
         }  # fmt: skip
         return entry, found.x_adv[broken]
 
+    def _as_memory_allows(self, examiner: Evaluation, model: nn.Module, chunk: Chunk, eps: float) -> Attacked:
+        """An attack on a chunk, in pieces where the device's memory asks for it: an example's numbers are its own."""
+        while True:
+            size = min(chunk.shared.get("attacked", len(chunk.x)), len(chunk.x))
+            parts = [chunk] if size == len(chunk.x) else [chunk.part(rows) for rows in _pieces(len(chunk.x), size)]
+            try:
+                return Attacked.joined([examiner.attack(model, part, eps) for part in parts])
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise Refused(NO_ROOM) from None
+                chunk.shared["attacked"] = size // 2
+
     def _doubt(self, name: str, chunk: Chunk) -> Outcome:
         few = chunk.part(np.arange(min(EXAMPLES, len(chunk.x))))
         other = self.task.surrogate
         surrogate = None if other is None else other.model.to(self.device, torch.float32)
         look = Look(self.model, few, self.task.eps_of(""), surrogate, self.training)
         return {"doubt": asdict(ask(name, look)), "warnings": []}, chunk.x[:0]
+
+
+def _pieces(n: int, size: int) -> list[np.ndarray]:
+    return [np.arange(first, min(first + size, n)) for first in range(0, n, size)]
 
 
 def _on_standing(chunk: Chunk, former: dict[str, Any], run: Callable[[Chunk], Outcome]) -> Outcome:

@@ -594,6 +594,28 @@ def test_the_network_and_the_random_stream_are_left_as_they_were(
     assert (np.random.get_state()[1] == streams[1]).all()  # noqa: NPY002
 
 
+def test_an_attack_takes_fewer_images_at_once_where_memory_is_short(
+    task: Examination, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(replace(task, protocol=QUICK), tmp_path / "whole")
+    family = evaluations["pgd"]
+    attack, sizes = family.attack, []
+
+    def short(self: Any, model: nn.Module, chunk: Chunk, eps: float) -> Attacked:
+        sizes.append(len(chunk.x))
+        if len(chunk.x) > most:
+            raise torch.OutOfMemoryError
+        found: Attacked = attack(self, model, chunk, eps)
+        return found
+
+    monkeypatch.setattr(family, "attack", short)
+    most = 4
+    assert evaluate(replace(task, protocol=QUICK), tmp_path / "short").result == whole.result
+    assert max(sizes) > most >= min(sizes)
+    most = 0
+    assert "does not hold one image's gradient" in refusal(replace(task, protocol=QUICK), tmp_path / "none")
+
+
 class Noisy(nn.Module):
     """A network whose answer is never quite the same."""
 
