@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fatbench import data, recipe, trainer
 from fatbench.errors import Refused, RunFailed
 from fatbench.models import build
-from fatbench.paper import bound, landscape, mixture
+from fatbench.paper import bound, landscape, mixture, names, reproduce
 from fatbench.paper.pictured import grouped, rounded, strangers, trained
 from fatbench.paper.pictures import PICTURES
 
@@ -347,3 +347,27 @@ def test_every_picture_is_measured_by_dataset_seed_and_scale(monkeypatch: pytest
     assert {k.get("figure") for _, k in asked} == {None, *mixture.FIGURES}
     assert not any(k.get("picture") for _, k in asked), "only seed 0 keeps what is drawn"
     assert {k["arch"] for _, k in asked if "arch" in k} == {"small-cnn", "wrn-40-4", "resnet-18"}
+
+
+def test_the_command_measures_pictures_at_the_papers_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fatbench.commands.many import _at_paper_scale
+    from fatbench.paper import pictures
+
+    tiny = {"arch": "digits-cnn", "epochs": 1, "lr": 0.1, "batch_size": 64}
+    monkeypatch.setitem(pictures.PAPER, "theorem1", tiny)
+    for dry_run in (True, False):
+        _at_paper_scale(["theorem1"], "digits", 1, tmp_path / "out", 1, "cpu", dry_run)
+        assert (tmp_path / "out" / "evidence" / "theorem1-seed0.json").exists() is not dry_run
+    told = capsys.readouterr().out
+    assert "theorem1: networks of their own" in told
+    assert "Theorem 1: " in told
+    assert (tmp_path / "out" / "plots" / "theorem1.png").stat().st_size > 1000
+
+
+def test_all_at_the_papers_scale_is_all_that_the_paper_has() -> None:
+    asked = [name for name in names.names() if reproduce.in_the_paper(name)]
+    assert {"table1", "fig4", "fig1", "theorem1"} <= set(asked)
+    assert not {"cost", "margin", "friendly"} & set(asked)
+    assert set(reproduce.shelved(asked)) == set(asked) - set(PICTURES)

@@ -119,7 +119,8 @@ def reproduce(
     from fatbench.paper import reproduce as paper  # torch, for which a misspelt name need not wait
 
     if scale is Scale.paper:
-        _at_paper_scale(said, dataset, seeds or paper.SEEDS, out, workers, device, dry_run)
+        said = [name for name in said if "all" not in names or paper.in_the_paper(name)]
+        _at_paper_scale(said, dataset, seeds, out, workers, device, dry_run)
     elif here is None:
         worlds = [world(dataset)] if dataset else WORLDS
         _tell(said, [paper.pooled(one, folders) for one in worlds], folders, out)
@@ -146,12 +147,21 @@ def _tell(said: list[str], pools: list[Any], folders: list[Path], out: Path) -> 
 
 
 def _at_paper_scale(
-    said: list[str], dataset: str | None, seeds: int, out: Path, workers: int, device: str, dry_run: bool
+    said: list[str], dataset: str | None, seeds: int | None, out: Path, workers: int, device: str, dry_run: bool
 ) -> None:
+    from fatbench.paper import report
     from fatbench.paper import reproduce as paper
 
-    runs = paper.at_paper_scale(said, dataset, seeds)
+    runs = paper.at_paper_scale(said, dataset, seeds or paper.SEEDS)
+    pictures = paper.pictures(said)
     for line in paper.costs(runs, device.split(",")[0]):
         typer.echo(line)
-    if not dry_run:
+    if pictures:
+        typer.echo(f"{', '.join(pictures)}: networks of their own, trained on the CPU as they are measured; not timed")
+    if dry_run:
+        return
+    if runs:
         paper.carry_out_recipes(runs, out, workers, device.split(","))
+    paper.measure(pictures, dataset or "cifar10", "paper", seeds, out, workers)
+    for finding in report.measured(pictures, [out], out):
+        typer.echo(f"{finding.verdict:<14} {finding.claim.place}: {finding.claim.text}: {finding.said}")

@@ -10,6 +10,7 @@ from statistics import median
 from typing import NamedTuple
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from fatbench.catalogue import described
 from fatbench.errors import Refused
@@ -51,11 +52,23 @@ def _plotted(said: Sequence[str], pool: Pool, folders: Sequence[Path], out: Path
         figures = list(drawn.figures(name, EXPERIMENTS[name], pool)) if name in EXPERIMENTS else []
         if name in PICTURES and (seen := reproduce.evidence(name, folders)):
             figures.append((name, PICTURES[name].drawn(seen)))
-        for own, figure in figures:
-            path = out / f"{first}{own}.png"
-            write_atomic(path, partial(figure.savefig, format="png", dpi=110, metadata={"Software": None}))
-            written.append(path)
+        written += [_saved(figure, out / f"{first}{own}.png") for own, figure in figures]
     return written
+
+
+def _saved(figure: Figure, path: Path) -> Path:
+    write_atomic(path, partial(figure.savefig, format="png", dpi=110, metadata={"Software": None}))
+    return path
+
+
+def measured(said: Sequence[str], folders: Sequence[Path], out: Path) -> list[Finding]:
+    """Draws the experiments that are pictures into OUT/plots, of what was measured, and says what is found of them."""
+    found = []
+    for name in said:
+        seen = reproduce.evidence(name, folders)
+        _saved(PICTURES[name].drawn(seen), out / "plots" / f"{name}.png")
+        found += PICTURES[name].found(seen)
+    return found
 
 
 def table(found: Sequence[Finding]) -> str:

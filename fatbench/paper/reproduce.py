@@ -149,20 +149,31 @@ def pooled(here: World, folders: Sequence[Path]) -> Pool:
 # ------------------------------------------------------------------------------------------------ at the paper's scale
 
 
+def pictures(said: Sequence[str]) -> list[str]:
+    """Those of the experiments that are measured and drawn."""
+    return [name for name in said if name in PICTURES]
+
+
+def in_the_paper(name: str) -> bool:
+    """Whether an experiment has a form at the paper's scale."""
+    return name in PICTURES or bool(_recipes(name))
+
+
+def _recipes(name: str) -> list[str]:
+    own = EXPERIMENTS[SAME.get(name, name)]
+    begins = (f"fig-{number(name)}-",) if name.startswith("fig") and name != "fig5" else own.recipes
+    return [one for one in recipe.shelf() if one.startswith(tuple(begins))] if begins else []
+
+
 def shelved(said: Sequence[str]) -> dict[str, list[str]]:
-    """Experiment -> the recipes on the shelf that are it at the paper's scale.
+    """Experiment -> the recipes on the shelf that are it at the paper's scale; without those that are pictures.
 
     Raises:
         Refused: one has none.
     """
-    found = {}
-    for name in said:
-        if name in PICTURES:
-            continue
-        own = EXPERIMENTS[SAME.get(name, name)]
-        begins = (f"fig-{number(name)}-",) if name.startswith("fig") and name != "fig5" else own.recipes
-        found[name] = [one for one in recipe.shelf() if one.startswith(tuple(begins))] if begins else []
-        if not found[name]:
+    found = {name: _recipes(name) for name in said if name not in PICTURES}
+    for name, recipes in found.items():
+        if not recipes:
             raise Refused(f"{name} is not in the paper, and has no recipe: run it at --scale laptop")
     return found
 
@@ -183,6 +194,8 @@ def costs(runs: Mapping[str, Mapping[str, Settings]], device: str) -> Iterator[s
     from fatbench.estimate import PACE_TOLD, estimate
 
     here, paper = [0.0, 0.0], [0.0, 0.0]
+    if not runs:
+        return
     for name, own in runs.items():
         stderr.print(f"timing {name}")
         seen = estimate(next(iter(own.values())), device=device)
