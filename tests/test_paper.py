@@ -221,7 +221,7 @@ def test_only_what_is_not_recorded_is_to_be_done(put: Put, pool: Callable[[], Po
 
 def test_a_run_that_two_experiments_ask_for_is_trained_once(pool: Callable[[], Pool]) -> None:
     apart = [len(reproduce.missing([name], pool(), 1)) for name in ("fig4", "fig5")]
-    shared = set(EXPERIMENTS["fig4"].whom(DIGITS)) & set(EXPERIMENTS["fig5"].whom(DIGITS))
+    shared = set(EXPERIMENTS["fig4"].everybody(DIGITS)) & set(EXPERIMENTS["fig5"].everybody(DIGITS))
     assert len(reproduce.missing(["fig4", "fig5"], pool(), 1)) == sum(apart) - len(shared) < sum(apart)
 
 
@@ -376,8 +376,8 @@ def test_no_two_claims_share_a_name_and_all_are_about_contestants_that_are_train
     ids = [test.claim.id for own in EXPERIMENTS.values() for test in own.tests]
     assert len(ids) == len(set(ids))
     for name, own in EXPERIMENTS.items():
-        assert own.whom(DIGITS), name
-        assert {one.epochs for one in own.whom(DIGITS)} <= set(DIGITS.budgets), name
+        assert own.everybody(DIGITS), name
+        assert {one.epochs for one in own.everybody(DIGITS)} <= set(DIGITS.budgets), name
 
 
 def test_the_tables_have_the_papers_rows_at_the_larger_budget_and_of_beta_1(put: Put, pool: Callable[[], Pool]) -> None:
@@ -394,7 +394,7 @@ def test_the_tables_have_the_papers_rows_at_the_larger_budget_and_of_beta_1(put:
 
 
 def test_every_claim_is_of_contestants_that_its_budgets_train(put: Put, pool: Callable[[], Pool]) -> None:
-    everybody = {one for own in EXPERIMENTS.values() for one in own.whom(DIGITS)}
+    everybody = {one for own in EXPERIMENTS.values() for one in own.everybody(DIGITS)}
     attacks = dict.fromkeys({attack for own in EXPERIMENTS.values() for attack in own.under(DIGITS)}, 100)
     for one in everybody:
         put(one, 0, attacks, steps=[4.0] * one.epochs)
@@ -426,7 +426,7 @@ def test_what_is_set_up_on_reduced_cifar10_can_be_trained_and_is_told_in_its_bud
     said = names.asked(["all"], REDUCED)
     assert {"table1", "table2", "table4", "fig4", "fig5", "fig6"} < set(said)
     own = [EXPERIMENTS[name] for name in said]
-    settings = [one.settings(REDUCED, 0) for experiment in own for one in experiment.whom(REDUCED)]
+    settings = [one.settings(REDUCED, 0) for experiment in own for one in experiment.everybody(REDUCED)]
     assert {(s.dataset, s.arch, s.precision) for s in settings} == {("cifar10-reduced", "narrow-cnn", "bf16-mixed")}
     assert {
         "standard",

@@ -25,6 +25,7 @@ class World:
         sweep: eps_train of Figure 6 and its kin.
         lines: tau of the friendly defenses in Figure 6.
         taus: Of Figure 4.
+        divergent: tau of FAT for TRADES in Figure 5.
         free: Step sizes of Figures 9 and 10, where nothing projects onto the ball; the first is eps / 10.
         budgets: Epochs: short, twice as many, and so long that Madry has converged; or one alone.
         settings: Of every run.
@@ -40,6 +41,7 @@ class World:
     sweep: tuple[str, ...]
     lines: tuple[int, ...]
     taus: tuple[int, ...]
+    divergent: tuple[int, ...]
     free: tuple[str, ...]
     budgets: tuple[int, ...]
     settings: Mapping[str, Any]
@@ -70,11 +72,12 @@ class World:
 # at 0.1; madry 41.9 and 27.7, 39.6 and 27.7. Most of an examination is AutoAttack, and bf16 takes a quarter off it.
 DIGITS = World(
     "digits", "digits", "0.3", "0.4", sweep=("0.1", "0.2", "0.3", "0.4", "0.5"), lines=(0, 1, 3), taus=tuple(range(11)),
-    free=("0.03", "0.06", "0.09", "0.12", "0.15"), budgets=(15, 30, 60), settings={"lr": 0.1, "batch_size": 64},
+    divergent=(0, 1, 2, 3, 10), free=("0.03", "0.06", "0.09", "0.12", "0.15"), budgets=(15, 30, 60),
+    settings={"lr": 0.1, "batch_size": 64},
 )  # fmt: skip
 REDUCED = World(
     "cifar10-reduced", "CIFAR-10, reduced", "8/255", "16/255", sweep=("4/255", "8/255", "12/255", "16/255"),
-    lines=(0, 3), taus=(0, 1, 2, 3, 10), free=(), budgets=(8,),
+    lines=(0, 3), taus=(0, 1, 2, 3, 10), divergent=(0, 3), free=(), budgets=(8,),
     settings={"lr": 0.03, "batch_size": 128, "precision": "bf16-mixed"}, attack_precision="bf16",
     tells=("table1", "table2", "table4", "fig4", "fig5", "fig6", "friendly"), how=" --dataset cifar10.npz",
 )  # fmt: skip

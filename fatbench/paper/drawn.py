@@ -32,7 +32,7 @@ def figures(name: str, experiment: Experiment, pool: Pool) -> Drawn:
 
 def _recorded(experiment: Experiment, pool: Pool, epochs: int, attacks: Sequence[str] | None = None) -> list[Seeds]:
     """Who was examined under the attacks, the experiment's own unless given."""
-    whom = [one for one in experiment.whom(pool.world) if one.epochs == epochs]
+    whom = [one for one in experiment.everybody(pool.world) if one.epochs == epochs]
     found = [pool.of(one, experiment.under(pool.world) if attacks is None else attacks) for one in whom]
     return [one for one in found if one]
 

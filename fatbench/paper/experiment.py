@@ -28,12 +28,13 @@ class Experiment:
     Attributes:
         place: In the paper.
         summary: One line.
-        whom: Everybody it trains at laptop scale.
+        whom: Whom it trains at laptop scale.
         attacks: What they are examined under, at the world's eps unless their names say `@{second}`.
         tests: Its claims.
         budgets: The epochs at which its claims are judged.
         recipes: What it is at the paper's scale: names on the shelf, or how they begin.
         note: What a reader must know of it.
+        beside: Whom it trains too, of whom its claims ask no more than gradient attacks.
     """
 
     place: str
@@ -44,10 +45,16 @@ class Experiment:
     budgets: Callable[[World], Sequence[int]]
     recipes: tuple[str, ...] = ()
     note: str = field(default="", repr=False)
+    beside: Whom = field(default=lambda world: [], repr=False)
 
     def under(self, world: World) -> tuple[str, ...]:
         """The attacks by their names."""
         return tuple(map(world.said, self.attacks))
+
+    def everybody(self, world: World) -> dict[Contestant, tuple[str, ...]]:
+        """Contestant -> the attacks that it is examined under."""
+        whom = dict.fromkeys(self.whom(world), self.under(world))
+        return whom | {one: GRADIENT for one in self.beside(world) if one not in whom}
 
 
 def here(world: World) -> str:

@@ -28,7 +28,7 @@ def tabled(world: World) -> Iterator[tuple[str, Contestant]]:
     """(experiment, contestant) of everybody whom the tables train, FAT-CAT and FAT-DAT too, each once."""
     seen = set()
     for name in ("table1", "table2", "table4", "friendly"):
-        for whom in EXPERIMENTS[name].whom(world):
+        for whom in EXPERIMENTS[name].everybody(world):
             if whom not in seen:
                 seen.add(whom)
                 yield name, whom

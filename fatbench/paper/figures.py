@@ -34,7 +34,7 @@ def _along_tau(world: World, epochs: int) -> list[tuple[float, Contestant]]:
 
 
 def _over_epochs(world: World) -> list[Contestant]:
-    return [one for defense in ("fat", "fat-trades") for one in _by_tau(world, (0, 1, 2, 3, STEPS), defense)]
+    return _by_tau(world, (0, 1, 2, 3, STEPS)) + _by_tau(world, world.divergent, "fat-trades")
 
 
 def _figure_5(defense: str) -> tuple[Test, ...]:

@@ -42,12 +42,12 @@ def missing(said: Sequence[str], pool: Pool, seeds: int) -> Points:
     wanted: dict[tuple[Any, int], dict[str, None]] = {}
     for name in said:
         own = EXPERIMENTS.get(SAME.get(name, name))
-        for whom in own.whom(pool.world) if own else ():
+        for whom, attacks in own.everybody(pool.world).items() if own else ():
             for seed in range(seeds):
-                wanted.setdefault((whom, seed), {}).update(dict.fromkeys(own.under(pool.world) if own else ()))
+                wanted.setdefault((whom, seed), {}).update(dict.fromkeys(attacks))
     found: Points = {}
-    for (whom, seed), attacks in wanted.items():
-        if left := pool.missing(whom, seed, list(attacks)):
+    for (whom, seed), asked in wanted.items():
+        if left := pool.missing(whom, seed, list(asked)):
             kind = (
                 "whole" if "autoattack" in left else "second" if any("@" in attack for attack in left) else "gradient"
             )

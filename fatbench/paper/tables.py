@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fatbench.paper import verdicts as tests
 from fatbench.paper.claims import Claim
-from fatbench.paper.contestants import Contestant, World
 from fatbench.paper.experiment import FRIENDS, WHOLE, Experiment, Whom, at, at_eps, every, longest, second
 from fatbench.paper.verdicts import MARGIN, Test
 
@@ -51,21 +50,17 @@ def _light() -> tuple[Test, ...]:
     return tests.versus(natural, friend, base, "clean"), tests.versus(robust, friend, base, "pgd-20", MARGIN)
 
 
-def _and_larger(*defenses: str, friend: str, light: bool = False) -> Whom:
-    """Everybody at the eps of the attacks, and the friendly one at the larger budget; with `light`, beta 1 too."""
-
-    def whom(world: World) -> list[Contestant]:
-        more = [at(friend, second)] + [at(one, beta=1.0) for one in ("trades", friend) if light]
-        return at_eps(*defenses, budgets=longest)(world) + [one(world, world.budgets[-1]) for one in more]
-
-    return whom
+def _larger_too(friend: str, *light: str) -> Whom:
+    """The friendly one at the larger budget, and some with beta 1."""
+    whom = [at(friend, second), *(at(one, beta=1.0) for one in light)]
+    return lambda world: [one(world, world.budgets[-1]) for one in whom]
 
 
 TABLES = {
     "table1": Experiment(
         "Table 1",
         "FAT against Madry, CAT and DAT",
-        _and_larger("standard", "madry", "cat", "dat", "fat", friend="fat"),
+        at_eps("standard", "madry", "cat", "dat", "fat", budgets=longest),
         WHOLE,
         (
             *_table(
@@ -118,11 +113,12 @@ TABLES = {
             "fat-wrn-32-10-eps8-paper",
             "fat-wrn-32-10-eps16-paper",
         ),
+        beside=_larger_too("fat"),
     ),
     "table2": Experiment(
         "Table 2",
         "FAT for TRADES against TRADES",
-        _and_larger("trades", "fat-trades", friend="fat-trades", light=True),
+        at_eps("trades", "fat-trades", budgets=longest),
         WHOLE,
         (
             *_table(
@@ -147,6 +143,7 @@ TABLES = {
             "fat-trades-wrn-34-10-beta6-eps8-paper",
             "fat-trades-wrn-34-10-beta6-eps16-paper",
         ),
+        beside=_larger_too("fat-trades", "trades", "fat-trades"),
     ),
     "table3": Experiment(
         "Table 3",
@@ -170,7 +167,7 @@ TABLES = {
     "table4": Experiment(
         "Table 4",
         "FAT for MART against MART",
-        _and_larger("mart", "fat-mart", friend="fat-mart"),
+        at_eps("mart", "fat-mart", budgets=longest),
         WHOLE,
         (
             *_table(
@@ -193,5 +190,6 @@ TABLES = {
             "fat-mart-wrn-58-10-eps8-paper",
             "fat-mart-wrn-58-10-eps16-paper",
         ),
+        beside=_larger_too("fat-mart"),
     ),
 }
