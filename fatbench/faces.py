@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from fatbench.catalogue import DATASETS
 from fatbench.columns import Column, described
 from fatbench.quantities import eps_class
 
@@ -148,7 +149,11 @@ _WIDE: dict[str, Callable[[Row], Any]] = {
 def notes(table: pd.DataFrame, *, brief: bool = False) -> list[str]:
     """What stands under a table: how to read a cell, and every reason for doubt."""
     measured = table[table["source"] == "measured"]
-    told = []
+    told = [
+        f"`{known.name}` is {known.summary}. It is a setting of its own, never ranked with {known.of}."
+        for known in map(DATASETS.get, dict.fromkeys(table["dataset"]))
+        if known and known.of
+    ]
     if len(measured):
         told.append(
             "Accuracy in percent at the last iterate, `worst case` under the worst of the attacks for each example; "

@@ -344,6 +344,16 @@ def test_attacks_that_see_only_whom_another_left_standing_have_no_accuracy(
     assert (whole["worst"].iloc[0], whole["masking"].iloc[0], whole["rank"].iloc[0]) == (50, "no sign", 1)
 
 
+def test_a_part_of_a_dataset_says_that_it_is_one_and_stands_apart(put: Put, gathered: Any) -> None:
+    for dataset in ("cifar10", "cifar10-reduced"):
+        put({"fgsm": 100}, dataset=dataset)
+    made = leaderboard.tables(leaderboard.board(gathered()))
+    (whole, _), (part, _) = ((faces.markdown(key, table), key) for key, table in made.items())
+    assert "`cifar10-reduced` is CIFAR-10, reduced" in part
+    assert "never ranked with cifar10" in part
+    assert "reduced" not in whole
+
+
 def test_a_flipped_outcome_reaches_no_face(put: Put, gathered: Any, tmp_path: Path) -> None:
     path = tmp_path / "records" / f"{put({'fgsm': 150}).id}.parquet"
     table = pd.read_parquet(path)
