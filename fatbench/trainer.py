@@ -101,6 +101,19 @@ def _train(fabric: Fabric, settings: Settings, out: Path, resume: bool, force: b
     return out
 
 
+@torch.no_grad()
+def _takes(net: nn.Module, arch: str, loaded: data.Data) -> None:
+    """Raises Refused where a network cannot take the images: not square, or too small."""
+    try:
+        net.eval()(torch.zeros(1, *loaded.shape))
+    except RuntimeError as error:
+        channels, height, width = loaded.shape
+        raise Refused(
+            f"{arch} cannot take {loaded.info.name}'s images of {channels}x{height}x{width} ({first_line(error)}): use "
+            "another --arch"
+        ) from None
+
+
 class Student(nn.Module):
     """Network and defense in one module: an update is one call, whatever it passes through the network."""
 
@@ -127,9 +140,7 @@ class Run:
         self.device = self.fabric.device
         self.defense: Defense = recipe.contestant(settings)
         recipe.fits(settings, loaded.shape, loaded.info.name)
-        channels, height, width = loaded.shape
-        if height != width and settings.arch == "small-cnn":
-            raise Refused(f"small-cnn takes square images, {loaded.info.name} has {height}x{width}: use another --arch")
+        channels, height, _ = loaded.shape
         for what, values in (("mean", settings.mean), ("std", settings.std)):
             if values and len(values) != channels:
                 raise Refused(
@@ -142,6 +153,7 @@ class Run:
         }  # fmt: skip
         torch.manual_seed(self._seed("weights"))
         net = models.build(settings.arch, loaded.classes, channels, height)
+        _takes(net, settings.arch, loaded)
         if settings.mean and settings.std:
             net = models.Normalised(net, settings.mean, settings.std)
         half = torch.bfloat16 if settings.precision == "bf16-mixed" else None

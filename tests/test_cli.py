@@ -134,6 +134,16 @@ def test_a_refusal_is_one_line(arguments: tuple[object, ...], told: str, refused
     assert told in refused(*arguments)
 
 
+def test_a_network_that_cannot_take_the_images_is_refused_before_it_is_trained(
+    refused: Callable[..., str], npz: Callable[..., Path], tmp_path: Path
+) -> None:
+    wide = ("--dataset", npz(shape=(8, 24)), "--epochs", 1, "--out", tmp_path / "run")
+    for arch in ("small-cnn", "narrow-cnn"):
+        said = refused("train", "fat", "--eps", "0.1", "--arch", arch, *wide)
+        assert f"{arch} cannot take made-up's images of 1x8x24" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_examination_refuses_what_does_not_fit(
     run: Path, refused: Callable[..., str], npz: Callable[..., Path]
 ) -> None:

@@ -10,6 +10,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import get_args
 
+import pandas as pd
 import pytest
 
 from fatbench import catalogue, protocol, recipe, record
@@ -70,6 +71,52 @@ def test_the_readme_names_every_contestant(root: Path) -> None:
     text = (root / "README.md").read_text()
     for name in defenses:
         assert f"`{name}`" in text
+
+
+COLUMNS = {
+    "natural": "clean", "FGSM": "fgsm", "PGD-20": "pgd-20", "PGD-100": "pgd-100", "C&W-inf": "cw-inf",
+    "AutoAttack": "autoattack", "worst case": "worst",
+}  # fmt: skip
+
+
+def tables_in(text: str, heading: str) -> list[list[list[str]]]:
+    """The tables under a heading, each a list of rows, each a list of cells; the first is the header."""
+    part = re.split(r"^#+ ", text.partition(heading)[2], flags=re.M)[0]
+    blocks = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", part, flags=re.M)]
+    return [[[c.strip() for c in line.strip("|").split("|")] for line in [b[0], *b[2:]]] for b in blocks]
+
+
+@pytest.mark.parametrize(
+    ("heading", "table", "dataset", "budgets", "epochs"),
+    [
+        ("### All ten defenses over three seeds", 0, "digits", {"": "0.3"}, 60),
+        ("### All ten defenses over three seeds", 1, "digits", {"eps 0.1": "0.1", "eps 0.2": "0.2"}, 60),
+        ("### CIFAR-10, reduced", 0, "cifar10-reduced", {"": "8/255"}, 8),
+    ],
+)
+def test_the_readmes_tables_say_what_the_board_says(
+    heading: str, table: int, dataset: str, budgets: dict[str, str], epochs: int, root: Path
+) -> None:
+    board = pd.read_csv(root / "leaderboard" / "board.csv", low_memory=False)
+    known = board[
+        (board["source"] == "measured") & (board["dataset"] == dataset) & (board["epochs"] == epochs)
+        & (board["selection"] == "last") & (board["protocol"] == "fatbench-linf v2")
+    ]  # fmt: skip
+    header, *rows = tables_in((root / "README.md").read_text(), heading)[table]
+    assert len(rows) == len(known[known["eps"].isin(budgets.values())]) / len(budgets) > 1
+    for defense, *cells in rows:
+        eps = next(iter(budgets.values()))
+        for column, cell in zip(header[1:], cells, strict=True):
+            name, _, own = column.partition(", ")
+            eps = budgets.get(own, eps)
+            row = known[(known["defense"] == defense) & (known["eps"] == eps)].iloc[0]
+            if name == "passes":
+                assert cell == f"{1 + row['backwards_per_example']:.1f}", (defense, column)
+            elif name == "minutes":
+                assert cell == f"{row['train_seconds'] / 60:.1f}", (defense, column)
+            else:
+                found = row[COLUMNS[name]], row[f"{COLUMNS[name]}_spread"]
+                assert cell == "{:.1f} ± {:.1f}".format(*found), (defense, column)
 
 
 def test_every_check_and_tier_is_explained(root: Path) -> None:
