@@ -67,6 +67,7 @@ TAIL = (
     Column("train_seconds", "Float64", "of the whole training; the median over seeds"),
     *_columns(
         "string",
+        crafted_in="what attacks were made in; every success counts in float32 alone",
         train_device="what it was trained on",
         notes="warnings of the examination, or what is to be known of a printed number",
         reference="where a published row stands",

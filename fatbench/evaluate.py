@@ -24,7 +24,7 @@ from fatbench.examine import examine, fitting
 from fatbench.files import digest, disk, locked
 from fatbench.findings import Findings, collapsed, gathered
 from fatbench.ledger import Ledger
-from fatbench.record import Record, count, outcomes_hash, read, write
+from fatbench.record import IN_BF16, Record, count, outcomes_hash, read, write
 
 __all__ = ["Examination", "evaluate"]
 
@@ -141,7 +141,7 @@ def _said(ident: str, plan: dict[str, Any], found: Findings | None, run: dict[st
     if found and found.doubts:
         result |= {"doubts": found.doubts, "masking": [name for name, doubt in found.doubts.items() if doubt["fired"]]}
     if plan.get("attack_precision"):
-        result["warnings"] = (*result["warnings"], "crafted in bfloat16; every success was verified in float32")
+        result["warnings"] = (*result["warnings"], IN_BF16)
     return {"id": ident, "protocol": plan["protocol"], "result": result, "run": run}
 
 

@@ -65,6 +65,7 @@ def cells(table: pd.DataFrame, *, brief: bool = False) -> pd.DataFrame:
     idle = [head for head in ("epochs", *_WIDE) if set(shown.get(head, ())) <= {"unknown"}]
     lower = "worst" in table and bool((table["best_known"] < table["worst"]).any())
     idle += [] if lower else ["best known"]
+    idle += [] if set(table["crafted_in"].dropna()) - {"", "float32"} else ["crafted in"]
     return pd.DataFrame({head: texts for head, texts in shown.items() if head not in idle}, index=table.index)
 
 
@@ -139,6 +140,7 @@ _WIDE: dict[str, Callable[[Row], Any]] = {
     "best − last": _points("best_minus_last", "+.1f"),
     "gradients / example": _points("backwards_per_example", ".1f"),
     "training": _duration,
+    "crafted in": lambda row: row["crafted_in"],
     "trained on": lambda row: row["train_device"],
     "reference": lambda row: row["reference"],
     # A record's id ends with twelve digits of what it is about.
@@ -196,7 +198,7 @@ def folded(shown: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return shown.drop(columns=same), ", ".join(f"{column} {shown[column].iloc[0]}" for column in same)
 
 
-_ONCE = ("network", "protocol", "source", "data", "eps train", "epochs", "n", "seeds")
+_ONCE = ("network", "protocol", "source", "data", "eps train", "epochs", "n", "seeds", "crafted in")
 
 
 def markdown(key: tuple[str, ...], table: pd.DataFrame) -> str:

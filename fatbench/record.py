@@ -31,6 +31,10 @@ SCHEMA = 2
 Outcomes = pd.DataFrame | dict[str, np.ndarray]  # a column a name, a row an example
 
 
+# What a record says beside its warnings of attacks that were made in bfloat16: no doubt, but how it was examined.
+IN_BF16 = "crafted in bfloat16; every success was verified in float32"
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

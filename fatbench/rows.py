@@ -16,7 +16,7 @@ from fatbench import columns, protocol
 from fatbench.files import digest
 from fatbench.quantities import eps_class, number
 from fatbench.recipe import without_none
-from fatbench.record import Record, Training
+from fatbench.record import IN_BF16, Record, Training
 from fatbench.stats import over_seeds, ranks, wilson
 
 # The order in which attacks stand on a table; others follow by name.
@@ -81,7 +81,8 @@ def _line(record: Record, several: bool) -> dict[str, Any]:
             a: k for a, k in result.correct.items() if "standing_after" not in record.protocol.attacks.get(a, {})
         },
         "examined": record.attacks,
-        "warnings": result.warnings,
+        "warnings": tuple(warning for warning in result.warnings if warning != IN_BF16),
+        "crafted_in": result.attack_precision,
         "masking": result.masking,
         "training": record.training,
     }
@@ -184,6 +185,7 @@ def _row(group: list[Line], attacks: list[str], needed: set[str]) -> dict[str, A
     status = "; ".join(dict.fromkeys(line["status"] for line in good or group))
     row |= {"seeds": len(good), "failed": len(failed), "status": status}
     correct = [line["correct"] for line in good]
+    row["crafted_in"] = "; ".join(sorted({line["crafted_in"] for line in good}))
     row["complete"] = all(needed <= set(counts) for counts in correct)
     for attack in ("clean", *attacks, "worst"):
         row |= _accuracy(attack, [counts[attack] for counts in correct if attack in counts], first["n"])

@@ -11,6 +11,7 @@ import pandas as pd
 
 from fatbench.compare import Comparison, Contestant, Pair, differences
 from fatbench.faces import escaped, title
+from fatbench.record import IN_BF16
 from fatbench.standing import standing
 from fatbench.stats import Paired, over_seeds
 
@@ -153,7 +154,7 @@ def verdict(pair: Pair, pairs: int) -> list[str]:
     size, p = _size(pair, "clean")
     told.append(f"Natural accuracy: {size}, p = {p_value(p)}.")
     for side in (pair.first, pair.second):
-        doubts = dict.fromkeys(warning for record in side.records for warning in record.result.warnings)
+        doubts = dict.fromkeys(w for record in side.records for w in record.result.warnings if w != IN_BF16)
         if doubts:
             told.append(f"{side.name}'s examination warns ({next(iter(doubts))}): its robust accuracy may be too high.")
         if any(record.result.collapsed for record in side.records):

@@ -40,7 +40,7 @@ def put(tmp_path: Path) -> Put:
         selection: str = "last", fields: dict[str, Any] | None = None, training: Any = TRAINING, clean: int = 190,
         warnings: tuple[str, ...] = (), dataset: str = "digits", arch: str = "digits-cnn",
         status: str = "done", settings: dict[str, Any] | None = None, source: str = "these tests",
-        protocol: str = "house", weights: str | None = None, collapsed: bool = False,
+        protocol: str = "house", weights: str | None = None, collapsed: bool = False, half: bool = False,
     ) -> Record:  # fmt: skip
         k = next(made)
         index = np.arange(N)
@@ -62,7 +62,9 @@ def put(tmp_path: Path) -> Put:
         result = {
             "network": network, "data": samples, "norm": "linf", "eps": eps, "eps_value": number(eps), "seed": 0,
             "chunk": 250, "correct": correct, "accuracies": {a: c / N for a, c in correct.items()}, "stages": {},
-            "collapsed": collapsed, "outcomes": record.outcomes_hash(table), "warnings": warnings,
+            "collapsed": collapsed, "outcomes": record.outcomes_hash(table),
+            "warnings": (*warnings, *([record.IN_BF16] if half else [])),
+            **({"attack_precision": "bf16"} if half else {}),
         }  # fmt: skip
         said = {"name": protocol, "version": 1, "source": source, "attacks": {attack: {} for attack in right}}
         run = {"device": "cpu (x)"} | ({"training": training} if training else {})
@@ -342,6 +344,18 @@ def test_attacks_that_see_only_whom_another_left_standing_have_no_accuracy(
     whole = leaderboard.board(gathered())
     assert faces.attacks_of(whole) == ["clean", "worst"]
     assert (whole["worst"].iloc[0], whole["masking"].iloc[0], whole["rank"].iloc[0]) == (50, "no sign", 1)
+
+
+def test_what_attacks_were_made_in_is_a_column_and_no_doubt(put: Put, gathered: Any) -> None:
+    put({"fgsm": 100}, half=True)
+    put({"fgsm": 100}, defense="madry", half=True, warnings=("autoattack: odd",))
+    ((key, table),) = leaderboard.tables(leaderboard.board(gathered())).items()
+    assert table["crafted_in"].tolist() == ["bf16", "bf16"]
+    assert sorted(table["notes"]) == ["", "autoattack: odd"]
+    assert "crafted in" in faces.markdown(key, table)
+    assert faces.folded(faces.cells(table))[1].endswith("crafted in bf16")
+    put({"fgsm": 100}, dataset="cifar10")
+    assert "crafted in" not in faces.cells(leaderboard.board(gathered()).query("dataset == 'cifar10'"))
 
 
 def test_a_part_of_a_dataset_says_that_it_is_one_and_stands_apart(put: Put, gathered: Any) -> None:

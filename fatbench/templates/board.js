@@ -55,6 +55,7 @@ const COLUMNS = [
   { id: "best_minus_last", title: "Best − last", ...figure("best_minus_last", points) },
   { id: "backwards_per_example", title: "Gradients / example", ...figure("backwards_per_example", (v) => v.toFixed(1)) },
   { id: "train_seconds", title: "Training time", ...figure("train_seconds", duration) },
+  { id: "crafted_in", title: "Crafted in", on: data.rows.some((row) => row.crafted_in === "bf16"), ...plain("crafted_in") },
   { id: "train_device", title: "Trained on", ...plain("train_device") },
   { id: "reference", title: "Reference", long: true, ...plain("reference") },
   { id: "ids", title: "Records", long: true, ...plain("ids") },
@@ -62,7 +63,7 @@ const COLUMNS = [
 
 // What is the same in all rows is said once, above the table, unless its column was asked for.
 const TABLE = ["dataset", "eps_class", "protocol"];
-const SAID_ONCE = ["arch", "source", "eps_train", "epochs", "seeds"];
+const SAID_ONCE = ["arch", "source", "eps_train", "epochs", "seeds", "crafted_in"];
 const state = { sort: null, down: true, columns: new Set(COLUMNS.filter((c) => c.on).map((c) => c.id)), asked: new Set(), robust: null };
 
 function matching() {
@@ -238,7 +239,7 @@ function list(pairs) {
 }
 
 function detail(row) {
-  const parts = [list([["source", row.source], ["table", row.table], ["network", row.arch], ["eps of the attacks", row.eps], ["eps of training", row.eps_train], ["epochs", row.epochs], ["selection", row.selection], ["test examples", row.n], ["seeds", row.seeds], ["status", row.status], ["reference", row.reference], ["masked gradients", row.masking], ["training", row.train_seconds === undefined ? "" : `${duration(row.train_seconds)} on ${row.train_device || "an unknown device"}`]])];
+  const parts = [list([["source", row.source], ["table", row.table], ["network", row.arch], ["eps of the attacks", row.eps], ["eps of training", row.eps_train], ["epochs", row.epochs], ["selection", row.selection], ["test examples", row.n], ["seeds", row.seeds], ["status", row.status], ["reference", row.reference], ["masked gradients", row.masking], ["attacks crafted in", row.crafted_in], ["training", row.train_seconds === undefined ? "" : `${duration(row.train_seconds)} on ${row.train_device || "an unknown device"}`]])];
   const attacks = data.attacks.filter(([name]) => row[name] !== undefined);
   if (attacks.length) parts.push(element("h3", {}, "Accuracy, %"), list(attacks.map(([name, title]) => [title, accuracy(row, name).textContent ?? accuracy(row, name)])));
   if (row.notes) parts.push(element("h3", {}, "Notes and warnings"), element("p", { class: "mark" }, row.notes));
