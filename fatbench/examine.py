@@ -197,7 +197,10 @@ class _Bench:
         return entry, found.x_adv[broken]
 
     def _as_memory_allows(self, examiner: Evaluation, model: nn.Module, chunk: Chunk, eps: float) -> Attacked:
-        """An attack on a chunk, in pieces where the device's memory asks for it: an example's numbers are its own."""
+        """An attack on a chunk, in pieces where the device's memory asks for it.
+
+        An example's random numbers are its own, and its outcome with them, but for an attack that shares out restarts.
+        """
         while True:
             size = min(chunk.shared.get("attacked", len(chunk.x)), len(chunk.x))
             parts = [chunk] if size == len(chunk.x) else [chunk.part(rows) for rows in _pieces(len(chunk.x), size)]

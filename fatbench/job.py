@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fatbench import runs
 from fatbench.errors import Refused, RunFailed, first_line
@@ -40,6 +40,12 @@ class Examine(BaseModel):
     attack_precision: Precision = Field(
         default="float32", description="what attacks are made in; every success is verified in float32"
     )
+
+    @model_validator(mode="after")
+    def _draws_some(self) -> Examine:
+        if self.balanced and self.n is None:
+            raise ValueError("balanced draws n of the test examples: give n too")
+        return self
 
 
 class Standing(NamedTuple):

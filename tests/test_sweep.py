@@ -92,6 +92,7 @@ def test_a_recipe_that_sweeps_is_a_grid(tmp_path: Path) -> None:
         ('defense = "fat"\n[sweep]\ntau = [-1]\n', "greater than or equal to 0"),
         ('defense = "fat"\n[sweep]\nseed = [1, 1]\n', "names a value twice"),
         ('defense = "fat"\n[evaluate]\natacks = ["fgsm"]\n', "evaluate: atacks"),
+        ('defense = "fat"\n[evaluate]\nbalanced = true\n', "give n too"),
         ('defense = "fat"\nepoch = 3\n', "did you mean epochs"),
         ('defense = "fat"\n[sweep]\ndefense = ["fat"]\n', "both sets and sweeps defense"),
         ('[fields]\nomeg = 0.1\n[sweep]\ndefense = ["madry", "fat"]\n', "field omeg, which none of madry, fat has"),
