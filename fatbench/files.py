@@ -71,8 +71,8 @@ def locked(path: Path, where: str) -> Iterator[None]:
             left.unlink(missing_ok=True)
         yield
     finally:
+        path.unlink(missing_ok=True)  # while it is held: later it may be the next holder's
         lock.release()
-        path.unlink(missing_ok=True)  # nobody waits for it: who finds it held is refused at once
 
 
 def write_text(path: Path, text: str) -> None:

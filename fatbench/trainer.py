@@ -101,6 +101,26 @@ def _train(fabric: Fabric, settings: Settings, out: Path, resume: bool, force: b
     return out
 
 
+def _network(settings: Settings, loaded: data.Data, examples: int) -> nn.Module:
+    """The network as the run begins, its weights from the run's seed.
+
+    Raises:
+        Refused: it cannot take the images, or not train on the batches that so many examples make.
+    """
+    channels, height, _ = loaded.shape
+    for what, values in (("mean", settings.mean), ("std", settings.std)):
+        if values and len(values) != channels:
+            raise Refused(
+                f"{what} has {len(values)} numbers, {loaded.info.name} {channels} channels: give one for each"
+            )
+    torch.manual_seed(seed_of(settings.seed, "weights"))
+    net = models.build(settings.arch, loaded.classes, channels, height)
+    _takes(net, settings.arch, loaded)
+    if examples % settings.batch_size == 1 or settings.batch_size == 1:
+        _trains_on_one(net, settings, loaded, examples)
+    return models.Normalised(net, settings.mean, settings.std) if settings.mean and settings.std else net
+
+
 @torch.no_grad()
 def _takes(net: nn.Module, arch: str, loaded: data.Data) -> None:
     """Raises Refused where a network cannot take the images: not square, or too small."""
@@ -111,6 +131,18 @@ def _takes(net: nn.Module, arch: str, loaded: data.Data) -> None:
         raise Refused(
             f"{arch} cannot take {loaded.info.name}'s images of {channels}x{height}x{width} ({first_line(error)}): use "
             "another --arch"
+        ) from None
+
+
+@torch.no_grad()
+def _trains_on_one(net: nn.Module, settings: Settings, loaded: data.Data, examples: int) -> None:
+    """Raises Refused where the network cannot train on a batch of one: BatchNorm has no variance of one number."""
+    try:
+        deepcopy(net).train()(torch.zeros(1, *loaded.shape))
+    except ValueError as error:
+        raise Refused(
+            f"{examples} training examples in batches of {settings.batch_size} leave one for the last, and "
+            f"{settings.arch} cannot train on one ({first_line(error)}): use another --batch-size"
         ) from None
 
 
@@ -140,22 +172,18 @@ class Run:
         self.device = self.fabric.device
         self.defense: Defense = recipe.contestant(settings)
         recipe.fits(settings, loaded.shape, loaded.info.name)
+        self.rows, self.held = loaded.split(settings.validation)
+        if not len(self.rows) or (settings.validation and not len(self.held)):
+            raise Refused(f"{len(loaded.y_train)} training examples leave none for training or for validation")
+        if not settings.validation and type(self.defense).after_epoch is not Defense.after_epoch:
+            raise Refused(f"{settings.defense} decides by accuracy on validation: --set validation=0.02, say")
         channels, height, _ = loaded.shape
-        for what, values in (("mean", settings.mean), ("std", settings.std)):
-            if values and len(values) != channels:
-                raise Refused(
-                    f"{what} has {len(values)} numbers, {loaded.info.name} {channels} channels: give one for each"
-                )
         self.meta: dict[str, Any] = {
             "arch": settings.arch, "classes": loaded.classes, "channels": channels, "size": height,
             "mean": settings.mean, "std": settings.std, "settings": settings.model_dump(mode="json"),
             "data": {"name": loaded.info.name, "train": loaded.fingerprint("train")},
         }  # fmt: skip
-        torch.manual_seed(self._seed("weights"))
-        net = models.build(settings.arch, loaded.classes, channels, height)
-        _takes(net, settings.arch, loaded)
-        if settings.mean and settings.std:
-            net = models.Normalised(net, settings.mean, settings.std)
+        net = _network(settings, loaded, len(self.rows))
         half = torch.bfloat16 if settings.precision == "bf16-mixed" else None
         student = Student(net.to(memory_format=layout(self.device, half)), self.defense)
         sgd = torch.optim.SGD(
@@ -171,11 +199,6 @@ class Run:
             self.average = deepcopy(self.net)
         dtype = torch.float64 if settings.precision == "64-true" else torch.float32
         self.x, self.y = loaded.x_train.to(self.device, dtype), loaded.y_train.to(self.device)
-        self.rows, self.held = loaded.split(settings.validation)
-        if not len(self.rows) or (settings.validation and not len(self.held)):
-            raise Refused(f"{len(loaded.y_train)} training examples leave none for training or for validation")
-        if not settings.validation and type(self.defense).after_epoch is not Defense.after_epoch:
-            raise Refused(f"{settings.defense} decides by accuracy on validation: --set validation=0.02, say")
         self.epoch = 0
         self.best: list[float] | None = None
         self.remembered: dict[str, Any] | None = None

@@ -144,6 +144,15 @@ def test_a_network_that_cannot_take_the_images_is_refused_before_it_is_trained(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_last_batch_that_a_network_cannot_train_on_is_refused_before_it_trains(
+    refused: Callable[..., str], tmp_path: Path
+) -> None:
+    few = ("--dataset", "digits", "--set", "n_train=60", "--epochs", 1, "--out", tmp_path / "run")
+    said = refused("train", "standard", "--arch", "resnet-18", "--batch-size", 53, *few)
+    assert "54 training examples in batches of 53 leave one for the last, and resnet-18 cannot train on one" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_examination_refuses_what_does_not_fit(
     run: Path, refused: Callable[..., str], npz: Callable[..., Path]
 ) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -296,6 +297,24 @@ def test_a_lock_is_held_by_one_process_and_let_go(tmp_path: Path) -> None:
     assert killed.returncode == -9
     with files.locked(lock, "here"):
         pass
+
+
+def test_a_lock_that_is_let_go_leaves_the_next_holders_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, other = tmp_path / ".run.lock", FileLock(tmp_path / ".run.lock")
+
+    class TakenAtOnce(FileLock):
+        def release(self, force: bool = False) -> None:
+            super().release(force)
+            if not other.is_locked:
+                other.acquire(timeout=0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "FileLock", TakenAtOnce)
+        with files.locked(lock, "here"):
+            pass
+    with pytest.raises(Refused, match="another process"), files.locked(lock, "here"):
+        pass
+    other.release()
 
 
 def test_a_lock_clears_what_killed_writers_left_and_nothing_else(tmp_path: Path) -> None:
