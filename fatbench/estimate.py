@@ -19,11 +19,13 @@ from fatbench import data
 from fatbench.catalogue import described
 from fatbench.defense import Defense, settings_of
 from fatbench.devices import fabric_on
+from fatbench.errors import Refused
 from fatbench.footprint import memory, saving
 from fatbench.quantities import Progress
 from fatbench.recipe import Settings
 from fatbench.team import Team
 from fatbench.trainer import Run
+from fatbench.world import world
 
 STEPS = 2  # of the attack, in the longer of the two timed updates
 REPEATS = 20  # at most, within SECONDS; the fastest counts: others may be at work on this machine
@@ -91,8 +93,10 @@ def estimate(settings: Settings, *, device: str = "auto") -> Estimate:
     """The cost of a run on this device; takes some seconds and writes nothing.
 
     Raises:
-        Refused: what the run itself would be refused for.
+        Refused: what the run itself would be refused for; or this is one of several processes, each timing the others.
     """
+    if world().started:
+        raise Refused("a dry run times one process: leave torchrun or srun out; --devices and --nodes say how many")
     loaded = data.take(_stand_in(settings.dataset), settings.n_train)
     run = Run(settings, Path(), loaded, Team(fabric_on(device, settings.precision)))
     examples, held, fewest, most = len(run.rows), len(run.held), *_steps_an_example(run.defense, settings.epochs)
@@ -122,6 +126,7 @@ def estimate(settings: Settings, *, device: str = "auto") -> Estimate:
             f"{attacked[0]:.3g} s with {STEPS} steps of one (the fastest of a few); scaled by examples and "
             f"steps. Memory was counted, for a batch of {batch}."
             + (f" The pixels were made up, in {_shape(loaded)}." if loaded.info.shape else "")
+            + (f" All this is for one process alone; {settings.ranks} would share it." if settings.ranks > 1 else "")
         ),
     )
 

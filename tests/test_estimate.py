@@ -164,3 +164,12 @@ def test_own_data_of_another_shape_is_refused_before_anything_is_timed(npz: Call
     settings = resolve(None, recipe="fig-6-fat", eps="0.06", sets=["tau=0"], dataset=str(npz(shape=(8, 8))))
     with pytest.raises(Refused, match="images of 3x32x32, and made-up has 1x8x8"):
         estimate.estimate(settings, device="cpu")
+
+
+def test_several_processes_are_told_of_and_never_timed_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = resolve("standard", dataset="digits", epochs=1, ranks=2)
+    assert "All this is for one process alone; 2 would share it." in estimate.estimate(shared, device="cpu").timed
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Refused, match="leave torchrun or srun out"):
+        estimate.estimate(shared, device="cpu")
