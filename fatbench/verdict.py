@@ -84,7 +84,7 @@ def _measure(pair: Pair, name: str, found: list[Paired]) -> dict[str, str]:
     if pair.several:
         told = [_over_seeds(side, name) for side in (pair.first, pair.second)]
         difference = pair.contrasts[name]
-        each = ", ".join(f"{100 * one.difference:+.1f} (p {p_value(one.p)})" for one in found)
+        each = ", ".join(f"{100 * one.difference:+.1f} ({_p_is(one.p)})" for one in found)
         rest = {"difference": difference.told(), "p": p_value(difference.p), "seed by seed": each}
     else:
         (one,) = found
@@ -152,7 +152,7 @@ def verdict(pair: Pair, pairs: int) -> list[str]:
     else:
         told.append(f"{' and '.join(single)}: a single training run; this does not say what another seed would give.")
     size, p = _size(pair, "clean")
-    told.append(f"Natural accuracy: {size}, p = {p_value(p)}.")
+    told.append(f"Natural accuracy: {size}, {_p_is(p)}.")
     for side in (pair.first, pair.second):
         doubts = dict.fromkeys(w for record in side.records for w in record.result.warnings if w != IN_BF16)
         if doubts:
@@ -166,7 +166,7 @@ def _worst_case(pair: Pair, pairs: int) -> str:
     adjusted = f", {p_value(pair.adjusted)} among {pairs} pairs (Holm)" if pairs > 1 else ""
     size, _ = _size(pair, "worst")
     ahead = pair.contrasts["worst"].middle if pair.several else pair.seeds["worst"][0].difference
-    test = ("over seeds and samples" if pair.several else "McNemar's exact") + f" p = {p_value(pair.p)}"
+    test = ("over seeds and samples" if pair.several else "McNemar's exact") + f" {_p_is(pair.p)}"
     if pair.adjusted < LEVEL and ahead:
         winner, other = (pair.first, pair.second) if ahead > 0 else (pair.second, pair.first)
         return (
@@ -204,6 +204,12 @@ def _size(pair: Pair, measure: str) -> tuple[str, float]:
 def points(found: Paired) -> str:
     low, high = found.interval()
     return f"{100 * found.difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _p_is(value: float) -> str:
+    """`p = 0.048`, `p ≤ 0.001`"""
+    told = p_value(value)
+    return f"p {told}" if told.startswith("≤") else f"p = {told}"
 
 
 def p_value(value: float) -> str:

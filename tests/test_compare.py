@@ -208,7 +208,7 @@ def test_a_clear_difference_is_said_and_an_unclear_one_is_not(put: Put, compared
     said = verdict.verdict(pair, 1)
     assert said[0].startswith(
         f"This fat network is more robust than this madry one in the worst case: +30.0 points [{100 * low:+.1f}, "
-        f"{100 * high:+.1f}]; McNemar's exact p = ≤ 0.001"
+        f"{100 * high:+.1f}]; McNemar's exact p ≤ 0.001"
     )
     assert "single training run" in said[1]
     (turned,) = compared(b, a).pairs
