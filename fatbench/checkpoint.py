@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from fatbench import models, runs
 from fatbench.catalogue import network
 from fatbench.errors import Refused, first_line
-from fatbench.files import canonical, read_json, write_atomic
+from fatbench.files import canonical, head, read_json, write_atomic
 from fatbench.protocol import told
 
 SCHEMA = 1
@@ -176,12 +176,12 @@ def _of_run(folder: Path) -> Path:
 
 
 def _read(path: Path) -> tuple[State, dict[str, Any]]:
-    head = path.read_bytes()[:512]
-    if not head:
+    begins = head(path, 512)
+    if not begins:
         raise Refused(f"{path} is empty: copy or download it again")
-    if re.match(rb"(\xef\xbb\xbf)?\s*<[!?a-zA-Z]", head):
+    if re.match(rb"(\xef\xbb\xbf)?\s*<[!?a-zA-Z]", begins):
         raise Refused(f"{path} is a web page, not weights (a download page saved under that name?): download it again")
-    if head.startswith(b"version https://git-lfs"):
+    if begins.startswith(b"version https://git-lfs"):
         raise Refused(f"{path} is a Git LFS pointer, not weights: run git lfs pull where it came from")
     return _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
 

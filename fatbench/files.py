@@ -98,6 +98,12 @@ def append_line(path: Path, value: Any) -> None:
             raise
 
 
+def head(path: Path, n: int) -> bytes:
+    """The first bytes of a file, however long it is."""
+    with path.open("rb") as file:
+        return file.read(n)
+
+
 def read_json(path: Path, what: str) -> Any:
     """Raises Refused, naming the file, where there is none or it is no JSON."""
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fatbench.errors import Refused, first_line, unknown
+from fatbench.files import head
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,7 +86,7 @@ def _files(name: str, drive: list[str], folder: Path) -> dict[Path, str]:
 
 def _web_page(path: Path) -> bool:
     """Whether it is what Drive says instead of a file: over its quota, or asking for a confirmation."""
-    return path.exists() and path.read_bytes()[:64].lstrip().lower().startswith((b"<!doctype", b"<html"))
+    return path.exists() and head(path, 64).lstrip().lower().startswith((b"<!doctype", b"<html"))
 
 
 def _leave_nothing(missing: Mapping[Path, str], folder: Path) -> None:
