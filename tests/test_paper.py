@@ -507,7 +507,7 @@ def test_each_world_has_its_section_and_its_plots(put: Put, tmp_path: Path) -> N
     found = report.publish(names.names(), pools, [tmp_path], tmp_path / "page")
     page = (tmp_path / "page.md").read_text()
     beside, digits, reduced = re.split("## On (?:digits|CIFAR-10, reduced)\n", page)
-    assert "Of 16 claims 15 have one verdict everywhere, 0 hold here and not there." in beside
+    assert "Of 16 claims 15 have one verdict everywhere; held here and refuted there: 0." in beside
     (natural,) = [line for line in beside.splitlines() if line.startswith("| fat has more natural accuracy than madry")]
     assert [cell.strip() for cell in natural.split("|")[3:5]] == ["undecided, 60 epochs", "holds, 8 epochs"]
     assert "`fatbench reproduce table1`" in digits
@@ -597,3 +597,16 @@ def test_accuracy_is_drawn_against_the_cost_of_training(put: Put, pool: Callable
     assert name == "cost"
     assert list(attacked.get_xdata()) == list(natural.get_xdata()) == [150, 300, 600]
     assert list(attacked.get_ydata()) == pytest.approx([32.5, 40, 55])
+
+
+def test_a_tau_looks_the_same_in_every_panel_of_figure_5(put: Put, pool: Callable[[], Pool]) -> None:
+    epochs = DIGITS.short
+    for defense, taus in (("fat-trades", (0, 3)), ("fat", (0, 1, 2, 3))):
+        for tau in taus:
+            put(at(defense, tau=tau)(DIGITS, epochs), 0, {}, steps=[tau + 1.0] * epochs)
+    ((_, figure),) = drawn.figures("fig5", EXPERIMENTS["fig5"], pool())
+    looks = [{line.get_label(): (line.get_color(), line.get_marker()) for line in axis.lines} for axis in figure.axes]
+    assert [len([label for label in look if str(label).startswith("tau")]) for look in looks] == [4, 2]
+    assert looks[1]["tau 3"] == looks[0]["tau 3"] != looks[0]["tau 1"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["tau 0", "tau 1", "tau 2", "tau 3"]

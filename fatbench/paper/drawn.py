@@ -49,7 +49,7 @@ def _over_tau(name: str, experiment: Experiment, pool: Pool) -> Drawn:
             _banded(axis, line, measure, label=title(measure), **style)
         axis.set(xlabel="tau", ylabel="accuracy, %", ylim=(0, 100))
         axis.set_title(f"{epochs} epochs", fontsize=8, loc="left")
-    _legend(figure, axes[0])
+    _legend(figure, axes)
     yield name, figure
 
 
@@ -61,16 +61,18 @@ def _over_epochs(name: str, experiment: Experiment, pool: Pool) -> Drawn:
         if not sides:
             continue
         told = f"{experiment.place}: {pool.world.title}, eps {pool.world.eps}, {epochs} epochs"
+        taus = sorted({_field(side.contestant, "tau") for side in sides})
+        look = dict(zip(taus, styles(), strict=False))  # a tau looks the same in every panel: there is one legend
         figure, axes = _panels(len(defenses), told)
         for axis, defense in zip(axes, defenses, strict=True):
-            own = [side for side in sides if side.contestant.defense == defense]
-            for side, style in zip(own, styles(), strict=False):
+            for side in (side for side in sides if side.contestant.defense == defense):
                 x, y = median_curve(side.curves("steps_per_example"))
-                axis.plot(x, y, label=f"tau {_field(side.contestant, 'tau'):g}", markevery=max(1, len(x) // 8), **style)
+                tau = _field(side.contestant, "tau")
+                axis.plot(x, y, label=f"tau {tau:g}", markevery=max(1, len(x) // 8), **look[tau])
             axis.axhline(STEPS, color="black", linestyle="--", linewidth=0.8)
             axis.set(xlabel="epoch", ylabel="attack steps an example", ylim=(0, STEPS + 0.5))
             axis.set_title(defense, fontsize=8, loc="left")
-        _legend(figure, axes[0])
+        _legend(figure, axes)
         yield f"{name}-{epochs}", figure
 
 
@@ -94,7 +96,7 @@ def _over_sweep(name: str, experiment: Experiment, pool: Pool) -> Drawn:
             axis.set(xlabel="step size" if free else "eps of training", ylim=(0, 100))
             axis.set_title(title(measure), fontsize=8, loc="left")
         axes[0].set_ylabel("accuracy, %")
-        _legend(figure, axes[0])
+        _legend(figure, axes)
         yield f"{name}-{epochs}", figure
 
 
@@ -113,7 +115,7 @@ def _over_cost(name: str, experiment: Experiment, pool: Pool) -> Drawn:
             _banded(axis, sorted(line, key=lambda point: point[0]), measure, label=label, **style)
         axis.set(xlabel="backward passes an example, over the training", ylabel="accuracy, %")
         axis.set_title(title(measure), fontsize=8, loc="left")
-    _legend(figure, axes[0])
+    _legend(figure, axes)
     yield name, figure
 
 
@@ -136,6 +138,7 @@ def _panels(count: int, said: str, wide: float = 1.0) -> tuple[Figure, list[Axes
     return figure, list(axes)
 
 
-def _legend(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), fontsize=8)
+def _legend(figure: Figure, axes: list[Axes]) -> None:
+    """One for all panels; what several of them show stands in it once."""
+    shown = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(6, len(shown)), fontsize=8)

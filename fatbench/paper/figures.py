@@ -162,7 +162,7 @@ def _figure_6(place: str, base: str, steps: int = STEPS) -> tuple[Test, ...]:
             "clean",
         ),
         tests.versus(
-            Claim(f"{key}-robust-here", place, f"and is not below it by more than {MARGIN:g} under pgd-20"),
+            Claim(f"{key}-robust-here", place, f"{equal} is not below {base} by more than {MARGIN:g} under pgd-20"),
             three_here,
             plain_here,
             "pgd-20",
@@ -229,7 +229,11 @@ FIGURES = {
                 "clean",
             ),
             tests.versus(
-                Claim("fig10-robust", "Figure 10", "and is more robust under pgd-20"),
+                Claim(
+                    "fig10-robust",
+                    "Figure 10",
+                    "without the ball fat, tau 0, is more robust than madry under pgd-20 at the largest step",
+                ),
                 _farthest(0),
                 _farthest(None),
                 "pgd-20",

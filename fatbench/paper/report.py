@@ -130,7 +130,7 @@ def _side_by_side(sections: Sequence[Section]) -> list[str]:
         }
         for row in shared
     ]
-    told = f"Of {len(shared)} claims {alike} have one verdict everywhere, {opposed} hold here and not there."
+    told = f"Of {len(shared)} claims {alike} have one verdict everywhere; held here and refuted there: {opposed}."
     return ["## Side by side", BESIDE, told, str(pd.DataFrame(rows).to_markdown(index=False))]
 
 
