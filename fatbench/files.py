@@ -53,6 +53,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             neighbour.unlink(missing_ok=True)
 
 
+# Seconds. Whoever only asks whether a lock is held, `fatbench status`, holds it for less.
+MOMENT = 0.5
+
+
 @contextlib.contextmanager
 def locked(path: Path, where: str) -> Iterator[None]:
     """Holds a lock file; a killed process lets go of it. Clears what killed writers left beside it.
@@ -63,7 +67,7 @@ def locked(path: Path, where: str) -> Iterator[None]:
     lock = FileLock(path)
     with disk(path):
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=MOMENT)
         except Timeout:  # an OSError, but no fault of the disk's
             raise Refused(f"another process is at work {where}: wait for it, or choose another --out") from None
     try:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -297,6 +298,17 @@ def test_a_lock_is_held_by_one_process_and_let_go(tmp_path: Path) -> None:
     assert killed.returncode == -9
     with files.locked(lock, "here"):
         pass
+
+
+def test_who_only_asks_whether_a_lock_is_held_stops_nobody(tmp_path: Path) -> None:
+    lock = tmp_path / ".run.lock"
+    asking = FileLock(lock, thread_local=False)
+    asking.acquire()
+    let_go = threading.Timer(0.1, asking.release)
+    let_go.start()
+    with files.locked(lock, "here"):
+        assert not asking.is_locked
+    let_go.join()
 
 
 def test_a_lock_that_is_let_go_leaves_the_next_holders_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
