@@ -29,7 +29,7 @@ def folded(model: nn.Module) -> Callable[..., Tensor]:
     """The model in eval mode, made fast for input gradients; the model itself where it is none of ours.
 
     Under autocast the copy is of autocast's type, so that no weight is cast anew in every pass. Weights are taken over
-    whenever they have changed since.
+    each time.
     """
     net = models.inner(model)
     if not _plain(net):
@@ -105,7 +105,6 @@ class _Folded:
         self.graph = fx.symbolic_trace(deepcopy(net).eval().requires_grad_(False))
         self.pairs = dict(_fold(self.graph))
         self.cast = cast
-        self.seen: tuple[tuple[int, int], ...] = ()
         self.graph.to(device=device, dtype=cast)
         seeing(in_place(self.graph)).to(memory_format=layout(device, cast))
 
@@ -117,11 +116,11 @@ class _Folded:
 
     @torch.no_grad()
     def follow(self, net: nn.Module) -> None:
-        """Takes the network's tensors over, if any has been written to since the last time."""
-        # BatchNorm moves its running statistics unseen by their versions; its count of batches has one.
-        now = tuple((value.data_ptr(), value._version) for value in chain(net.parameters(), net.buffers()))
-        if now == self.seen:
-            return
+        """Takes the network's tensors over.
+
+        Always: what is written through `.data`, as AWP's perturbations are, no version tells of, and once an attack it
+        is cheap.
+        """
         theirs = dict(_tensors(net))
         for name, mine in _tensors(self.graph):
             layer, _, which = name.rpartition(".")
@@ -135,7 +134,6 @@ class _Folded:
             else:
                 bias = theirs.get(name, torch.zeros_like(scale))
                 mine.copy_((bias - theirs[f"{norm}.running_mean"]) * scale + theirs[f"{norm}.bias"])
-        self.seen = now
 
 
 # The copies of each network, by device, type and autocast's type; they go when it goes.

@@ -110,8 +110,14 @@ def changed_by_new_tensors(net: nn.Module) -> None:
     net.load_state_dict({key: value * 1.01 for key, value in net.state_dict().items()}, assign=True)
 
 
+def changed_unseen(net: nn.Module) -> None:
+    for parameter in net.parameters():
+        parameter.data.mul_(1.01)
+
+
 @pytest.mark.parametrize(
-    "change", [changed_by_a_step, changed_by_statistics, changed_by_loading, changed_by_new_tensors]
+    "change",
+    [changed_by_a_step, changed_by_statistics, changed_by_loading, changed_by_new_tensors, changed_unseen],
 )
 def test_the_copy_follows_every_change_of_the_network(change: Callable[[nn.Module], None]) -> None:
     net = shaken(SMALL["digits-cnn"]())
