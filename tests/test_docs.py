@@ -87,22 +87,22 @@ def tables_in(text: str, heading: str) -> list[list[list[str]]]:
 
 
 @pytest.mark.parametrize(
-    ("heading", "table", "dataset", "budgets", "epochs"),
+    ("page", "heading", "table", "dataset", "budgets", "epochs"),
     [
-        ("### All ten defenses over three seeds", 0, "digits", {"": "0.3"}, 60),
-        ("### All ten defenses over three seeds", 1, "digits", {"eps 0.1": "0.1", "eps 0.2": "0.2"}, 60),
-        ("### CIFAR-10, reduced", 0, "cifar10-reduced", {"": "8/255"}, 8),
+        ("docs/results.md", "## Digits", 0, "digits", {"": "0.3"}, 60),
+        ("docs/results.md", "## Digits", 1, "digits", {"eps 0.1": "0.1", "eps 0.2": "0.2"}, 60),
+        ("README.md", "### CIFAR-10, reduced", 0, "cifar10-reduced", {"": "8/255"}, 8),
     ],
 )
-def test_the_readmes_tables_say_what_the_board_says(
-    heading: str, table: int, dataset: str, budgets: dict[str, str], epochs: int, root: Path
+def test_published_tables_say_what_the_board_says(
+    page: str, heading: str, table: int, dataset: str, budgets: dict[str, str], epochs: int, root: Path
 ) -> None:
     board = pd.read_csv(root / "leaderboard" / "board.csv", low_memory=False)
     known = board[
         (board["source"] == "measured") & (board["dataset"] == dataset) & (board["epochs"] == epochs)
         & (board["selection"] == "last") & (board["protocol"] == "fatbench-linf v2")
     ]  # fmt: skip
-    header, *rows = tables_in((root / "README.md").read_text(), heading)[table]
+    header, *rows = tables_in((root / page).read_text(), heading)[table]
     assert len(rows) == len(known[known["eps"].isin(budgets.values())]) / len(budgets) > 1
     for defense, *cells in rows:
         eps = next(iter(budgets.values()))
@@ -117,6 +117,17 @@ def test_the_readmes_tables_say_what_the_board_says(
             else:
                 found = row[COLUMNS[name]], row[f"{COLUMNS[name]}_spread"]
                 assert cell == "{:.1f} ± {:.1f}".format(*found), (defense, column)
+
+
+@pytest.mark.parametrize("world", ["digits", "CIFAR-10, reduced"])
+def test_the_readme_counts_the_verdicts_that_are_published(world: str, root: Path) -> None:
+    page = (root / "docs" / "reproduction.md").read_text().partition(f"## On {world}\n")[2]
+    published = re.findall(r"(\d+) findings: (\d+) hold, (\d+) do not hold, (\d+) are undecided", page)[0]
+    text = " ".join((root / "README.md").read_text().split())
+    told = re.search(
+        rf"of (\d+)(?: findings)? on {world}, from \d+ runs[^;.]*?, (\d+) hold, (\d+) do not and (\d+) are", text
+    )
+    assert told and told.groups() == published
 
 
 def test_every_check_and_tier_is_explained(root: Path) -> None:
